@@ -1,0 +1,1 @@
+"""Publishes (placeholder during bootstrap)."""

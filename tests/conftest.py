@@ -1,0 +1,26 @@
+"""What every test shares: the folder of recordings, which only developers and CI have, and one thread per worker."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_per_xdist_worker():
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        import torch
+
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder with recordings of the original code and its real vocabulary; tests that need it skip where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(
+            f"{SHARED} is absent: it holds recordings of the original code that are not part of this repository"
+        )
+    return SHARED
