@@ -1,0 +1,160 @@
+"""Tiny random models of each family, and batches that fit them. Sizes are small; seeds are fixed."""
+
+import pytest
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    set_seed,
+)
+
+IMAGE_ID, START_ID, END_ID, VOCABULARY = 90, 91, 92, 97
+GRID = (1, 4, 4)  # frames, patch rows, patch columns of every picture: 4 visual tokens after merging 2 x 2
+
+_rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
+_text = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rope_parameters": _rope,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+_ids = {
+    "image_token_id": IMAGE_ID,
+    "vision_start_token_id": START_ID,
+    "vision_end_token_id": END_ID,
+    "video_token_id": 93,
+    "tie_word_embeddings": False,
+}
+
+
+def _qwen2_vl():
+    vision = {"depth": 3, "embed_dim": 24, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 2}
+    config = Qwen2VLConfig(vision_config=vision, text_config=dict(_text), **_ids)
+    return Qwen2VLForConditionalGeneration(config)
+
+
+def _qwen2_5_vl():
+    vision = {
+        "depth": 3,
+        "hidden_size": 24,
+        "intermediate_size": 28,
+        "num_heads": 2,
+        "patch_size": 2,
+        "out_hidden_size": 32,
+        "fullatt_block_indexes": [1],
+        "window_size": 8,
+    }
+    config = Qwen2_5_VLConfig(vision_config=vision, text_config=dict(_text), **_ids)
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _qwen3_vl():
+    vision = {
+        "depth": 3,
+        "hidden_size": 24,
+        "intermediate_size": 28,
+        "num_heads": 2,
+        "patch_size": 2,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    config = Qwen3VLConfig(vision_config=vision, text_config={**_text, "head_dim": 8}, **_ids)
+    return Qwen3VLForConditionalGeneration(config)
+
+
+def _llava():
+    vision = CLIPVisionConfig(
+        hidden_size=24, intermediate_size=28, num_hidden_layers=3, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    text = Qwen2Config(**{**_text, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}})
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE_ID, vision_feature_select_strategy="default"
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+BUILDERS = {"qwen2_vl": _qwen2_vl, "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl, "llava": _llava}
+
+
+def _row(family: str, seed: int, length: int, pictures: int) -> dict:
+    """One row: pictures first, then a prompt without loss and an answer with it, of `length` text tokens together."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(3, IMAGE_ID, (length,), generator=generator).tolist()
+    ids = [token for _ in range(pictures) for token in (START_ID, *[IMAGE_ID] * 4, END_ID)] + text
+    answer = length - length // 2
+    row = {
+        "input_ids": torch.tensor(ids),
+        "labels": torch.tensor([-100] * (len(ids) - answer) + ids[-answer:]),
+        "attention_mask": torch.ones(len(ids), dtype=torch.long),
+    }
+    if family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+        row["mm_token_type_ids"] = (row["input_ids"] == IMAGE_ID).int()
+    if pictures:
+        if family == "llava" or family == "qwen_vl":
+            row["pixel_values"] = torch.randn(pictures, 3, 8, 8, generator=generator)
+        else:
+            frames, rows, columns = GRID
+            row["pixel_values"] = torch.randn(pictures * frames * rows * columns, 3 * 2 * 2 * 2, generator=generator)
+            row["image_grid_thw"] = torch.tensor([GRID] * pictures)
+    return row
+
+
+def _collate(rows: list[dict]) -> dict:
+    """Pads on the right; pictures one after the other."""
+    fill = {"labels": -100, "loss_weights": 0.0}
+    batch = {}
+    for key in {key: None for row in rows for key in row}:
+        values = [row[key] for row in rows if key in row]
+        if key in ("pixel_values", "image_grid_thw"):
+            batch[key] = torch.cat(values)
+        else:
+            batch[key] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill.get(key, 0))
+    return batch
+
+
+@pytest.fixture
+def build():
+    """build("qwen2_5_vl", seed=0) -> a tiny random model, dropout off, always with the same weights."""
+
+    def _build(family: str, seed: int = 0):
+        set_seed(seed)
+        return BUILDERS[family]()
+
+    return _build
+
+
+@pytest.fixture
+def collate():
+    return _collate
+
+
+@pytest.fixture
+def make_rows():
+    """make_rows("qwen2_5_vl", 4) -> rows of different lengths, each with one picture."""
+
+    def _make(family: str, count: int, seed: int = 0, pictures: int = 1) -> list[dict]:
+        return [_row(family, seed + i, length=5 + 3 * (i % 4), pictures=pictures) for i in range(count)]
+
+    return _make
+
+
+@pytest.fixture(params=list(BUILDERS))
+def family(request) -> str:
+    return request.param
