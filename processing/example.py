@@ -110,6 +110,8 @@ class Example:
         last = self.messages[-1]["role"]
         if self.kind == "sft" and last != "assistant":
             raise ValueError(f"the conversation ends with a {last} turn, so there is no answer to train on")
+        if self.kind == "sft" and not any(is_trained(message) for message in self.messages):
+            raise ValueError("no assistant turn is trained: each has train false or weight 0")
         if self.kind != "sft" and last != "user":
             raise ValueError(f"a {self.kind} prompt must end with a user turn, this one ends with a {last} turn")
         for name, answer in (("chosen", self.chosen), ("rejected", self.rejected)):
@@ -164,6 +166,10 @@ def check_messages(messages: Sequence[Message], name: str, num_pictures_before: 
             check_part(part, f"{where} part {index}", num_pictures, total)
             num_pictures += part["type"] == "image"
     return num_pictures
+
+
+def is_trained(message: Message) -> bool:
+    return message["role"] == "assistant" and message.get("train", True) and message.get("weight", 1.0) > 0
 
 
 def count_pictures(message: Any) -> int:

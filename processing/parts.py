@@ -62,10 +62,11 @@ def check_part(part: Any, where: str, num_pictures_before: int, num_pictures: in
         if not isinstance(part.get("text"), str):
             raise ValueError(f"{where} (type {kind!r}) needs 'text' to be text, it is {shorten(part.get('text'))}")
     elif kind in ("image", "video"):
-        keys = [key for key in (IMAGE_KEYS if kind == "image" else VIDEO_KEYS) if part.get(key) is not None]
+        accepted = IMAGE_KEYS if kind == "image" else VIDEO_KEYS
+        keys = [key for key in accepted if part.get(key) is not None]
         if len(keys) != 1:
             given = " and ".join(repr(key) for key in keys) or "none"
-            raise ValueError(f"{where} (type {kind!r}) needs one of {', '.join(IMAGE_KEYS)}, it has {given}")
+            raise ValueError(f"{where} (type {kind!r}) needs one of {', '.join(accepted)}, it has {given}")
         if isinstance(part[keys[0]], str) and not part[keys[0]].strip():
             raise ValueError(f"{where} (type {kind!r}) has an empty {keys[0]!r}")
         if not isinstance(part.get("numbered", True), bool):

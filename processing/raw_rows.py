@@ -184,16 +184,17 @@ def _parquet_rows(path: Path) -> Iterator[RawRow]:
 
 
 def _dataset_rows(dataset: Any, name: str, split: str) -> Iterator[RawRow]:
-    from datasets import DatasetDict, IterableDatasetDict
+    from datasets import Dataset, DatasetDict, IterableDatasetDict
 
     if isinstance(dataset, DatasetDict | IterableDatasetDict):
         if split not in dataset:
             raise ValueError(f"{name} has no split {split!r}; it has {', '.join(map(str, dataset))}")
         dataset = dataset[split]
-    if dataset.features is None:  # a generator that does not say what it gives: its rows are taken as they are
-        return (RawRow(Source(name, number), row) for number, row in enumerate(dataset, start=1))
-    # As Arrow tables pictures stay the bytes or paths that they are: one that is broken cannot stop the reading.
-    return _arrow_rows(dataset.with_format("arrow").iter(batch_size=_ARROW_BATCH), name)
+    # Pictures stay the bytes or paths that they are: one that is broken cannot stop the reading.
+    if isinstance(dataset, Dataset):
+        return _arrow_rows(dataset.with_format("arrow").iter(batch_size=_ARROW_BATCH), name)
+    stream = dataset if dataset.features is None else dataset.decode(False)
+    return (RawRow(Source(name, number), row) for number, row in enumerate(stream, start=1))
 
 
 def _arrow_rows(tables: Iterable[Any], name: str) -> Iterator[RawRow]:

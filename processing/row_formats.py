@@ -151,6 +151,6 @@ def _refuse_misspelt_columns(row: Row, entry: RowFormat) -> None:
     absent = [key for key in (*entry.keys, *COMMON_KEYS) if key not in row]
     for key in row:
         if key not in entry.keys and key not in COMMON_KEYS:
-            nearest = get_close_matches(str(key), absent, n=1, cutoff=0.85)
-            if nearest:
+            nearest = get_close_matches(str(key), absent, n=1, cutoff=0.8)
+            if nearest and abs(len(nearest[0]) - len(key)) <= 1:  # question_id is not a misspelt question
                 raise ValueError(f"the row has the column {key!r}, did you mean {nearest[0]!r}?")

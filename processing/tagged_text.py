@@ -1,7 +1,7 @@
 """Qwen-VL's tags inside a text, as typed parts that render back to the identical text.
 
-`<img>path</img>`, `<ref>phrase</ref>`, `<box>(x1,y1),(x2,y2)</box>`, `<quad>(x1,y1),(x2,y2),(x3,y3),(x4,y4)</quad>`;
-coordinates are whole numbers in [0, 1000) of the picture.
+`<img>path</img>`, `<ref>phrase</ref>`, `<box>(x1,y1),(x2,y2)</box>`, `<quad>(x1,y1),(x2,y2),(x3,y3),(x4,y4)</quad>`, and
+a point as `<box>(x,y)</box>`; coordinates are whole numbers in [0, 1000) of the picture.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from .parts import SHAPES, Part, shorten
 
 _TAGGED = re.compile(r"<(img|ref|box|quad)>(.*?)</\1>", re.DOTALL)
 _TAG = re.compile(r"</?(?:img|ref|box|quad)>")
-_POINT = r"\((\d{1,3}),(\d{1,3})\)"
-_COORDINATES = {"box": re.compile(",".join([_POINT] * 2)), "quad": re.compile(",".join([_POINT] * 4))}
-_SHAPE_NOTATION = {"box": "(x1,y1),(x2,y2)", "quad": "(x1,y1),(x2,y2),(x3,y3),(x4,y4)"}
+_PAIR = r"\((\d{1,3}),(\d{1,3})\)"
+_NOTATIONS = {  # tag: what it may hold, as (type of the part, pattern)
+    "box": (("box", re.compile(f"{_PAIR},{_PAIR}")), ("point", re.compile(_PAIR))),
+    "quad": (("quad", re.compile(",".join([_PAIR] * 4))),),
+}
+_WANTED = {"box": "(x1,y1),(x2,y2) or (x,y)", "quad": "(x1,y1),(x2,y2),(x3,y3),(x4,y4)"}
 
 
 def parts_from_tags(text: str, picture: Callable[[str], Any] = str) -> list[Part]:
@@ -64,19 +67,19 @@ def _add_text(parts: list[Part], text: str) -> None:
 
 
 def _add_shape(parts: list[Part], tag: str, inside: str) -> None:
-    match = _COORDINATES[tag].fullmatch(inside)
-    if not match:
+    matches = [(kind, match) for kind, pattern in _NOTATIONS[tag] if (match := pattern.fullmatch(inside))]
+    if not matches:
         raise ValueError(
-            f"<{tag}> holds {shorten(inside)}, wanted is {_SHAPE_NOTATION[tag]} in whole numbers from 0 to 999, "
-            f"without blanks"
+            f"<{tag}> holds {shorten(inside)}, wanted is {_WANTED[tag]} in whole numbers from 0 to 999, without blanks"
         )
-    numbers = [int(number) for number in match.groups()]
-    key, _ = SHAPES[tag]
+    kind, match = matches[0]
+    key, _ = SHAPES[kind]
+    shape: Part = {"type": kind, key: [int(number) for number in match.groups()], "normalized": 1000}
     last = parts[-1] if parts else {}
-    if last.get("type") == tag:
+    if last.get("type") == kind:
         first = last[key]
-        last[key] = [*(first if isinstance(first[0], list) else [first]), numbers]
-    elif last.get("type") == "ref":
-        parts[-1] = {"type": tag, key: numbers, "normalized": 1000, "label": last["text"]}
-    else:
-        parts.append({"type": tag, key: numbers, "normalized": 1000})
+        last[key] = [*(first if isinstance(first[0], list) else [first]), shape[key]]
+    elif last.get("type") == "ref" and (len(parts) == 1 or parts[-2].get("label") != last["text"]):
+        parts[-1] = {**shape, "label": last["text"]}
+    else:  # also after the same phrase as just before: shapes of one label side by side share one <ref> when written
+        parts.append(shape)
