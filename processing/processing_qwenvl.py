@@ -1,0 +1,214 @@
+"""Conversations and pictures -> what the model takes: `input_ids`, `attention_mask`, `pixel_values`; and answers back.
+
+In a text, one picture is `<img><imgpad></img>` (`IMAGE_SLOT`). The processor writes `num_image_tokens` times `<imgpad>`
+in its place; the model overwrites their embeddings with the picture's vectors.
+"""
+
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedConfig, ProcessorMixin
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.processing_utils import MultiModalData
+from transformers.utils.chat_template_utils import mark_control_tokens
+
+from .image_processing_pil_qwenvl import QwenVLImageProcessorPil
+from .image_processing_qwenvl import QwenVLImageProcessor
+from .special_tokens import IMAGE_SLOT, IMAGE_SPECIAL_TOKENS, IMG_END, IMG_START, IMGPAD
+from .tokenization_qwenvl import PIECE_BREAK, QWenTokenizer
+
+IMAGE_PROCESSORS = {"pil": QwenVLImageProcessorPil, "torchvision": QwenVLImageProcessor}
+TEMPLATES = {"default": "chat_template.jinja", "plain": "plain_template.jinja"}
+
+_SLOT_PIECES = re.compile("|".join(map(re.escape, (IMAGE_SLOT, IMG_START, IMG_END, IMGPAD))))
+
+
+class QwenVLProcessor(ProcessorMixin):
+    """Image processor, tokenizer and chat templates of Qwen-VL in one.
+
+    Args:
+        num_image_tokens: visual tokens of one picture; must be the model's number of queries.
+        chat_template: a template or templates by name. By default there are two: "default" is ChatML with pictures
+            numbered `Picture k: `, as in Qwen-VL-Chat; "plain" is the text alone, ended by `<|endoftext|>`, as in the
+            training stages 1 and 2.
+
+    Raises:
+        ValueError: the tokenizer lacks `<img>`, `</img>` or `<imgpad>`.
+
+    Example:
+        >>> messages = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "Hi"}]}]
+        >>> inputs = processor.apply_chat_template(
+        ...     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        ... )
+        >>> answer = processor.batch_decode(model.generate(**inputs), skip_special_tokens=True, keep_image_special=True)
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        num_image_tokens: int = 256,
+        chat_template: str | dict[str, str] | None = None,
+    ):
+        vocabulary = tokenizer.get_vocab()
+        if missing := [token for token in (IMG_START, IMG_END, IMGPAD) if token not in vocabulary]:
+            raise ValueError(
+                f"The tokenizer has no {', '.join(missing)}: add them as special tokens first (and resize the model's "
+                f"embeddings), or use QWenTokenizer"
+            )
+        if num_image_tokens < 1:
+            raise ValueError(f"num_image_tokens is {num_image_tokens}, a picture needs at least 1")
+        if chat_template is None:
+            folder = Path(__file__).parent
+            chat_template = {name: (folder / file).read_text(encoding="utf-8") for name, file in TEMPLATES.items()}
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.num_image_tokens = num_image_tokens
+        self.image_token = IMGPAD
+        self.image_token_id = vocabulary[IMGPAD]
+
+    @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
+        """Adds to the base class: the original repositories, whose config.json says what a processor file would say."""
+        processor_dict, unused_kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if "image_processor" not in processor_dict:
+            config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
+            if "visual" not in config:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} holds no Qwen-VL processor: it has no processor_config.json with an "
+                    f"image processor, and its config.json has no `visual` part as the original Qwen-VL's has"
+                )
+            visual = config["visual"]
+            size = {"height": visual["image_size"], "width": visual["image_size"]}
+            processor_dict["image_processor"] = {"size": size}
+            processor_dict["num_image_tokens"] = visual.get("n_queries", 256)  # not written in the released configs
+        return processor_dict, unused_kwargs
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: Any, processor_dict: dict, backend: str = "pil", **kwargs: Any
+    ) -> list[Any]:
+        """Differs from the base class: the image processor comes from `processor_dict`, and PIL is its default."""
+        if backend not in IMAGE_PROCESSORS:
+            raise ValueError(f"backend is {backend!r}; known are {', '.join(IMAGE_PROCESSORS)}")
+        image_processor = IMAGE_PROCESSORS[backend].from_dict(processor_dict["image_processor"], **kwargs)
+        named = get_tokenizer_config(pretrained_model_name_or_path, **kwargs).get("tokenizer_class")
+        # Not through AutoTokenizer where the class is known: it would ask for the original's remote code.
+        tokenizer_class = QWenTokenizer if named == "QWenTokenizer" else AutoTokenizer
+        tokenizer = tokenizer_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return [image_processor, tokenizer]
+
+    def apply_chat_template(
+        self,
+        conversation: list,
+        chat_template: str | None = None,
+        *,
+        tokenize: bool = False,
+        sanitize_control_tokens: bool = False,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Renders a conversation, or a list of them, and with `tokenize` encodes it: see `ProcessorMixin` for the rest.
+
+        With `tokenize`, the ids are those of the original's chat (given a `QWenTokenizer`):
+
+        - of special strings in the texts of the conversation, only `IMAGE_SPECIAL_TOKENS` are read as tokens, so that a
+          text with `<|im_end|>` does not end its message; with `sanitize_control_tokens` none is;
+        - what the template writes before a text is not merged with it, not even line breaks.
+
+        Prompts (`add_generation_prompt`, `continue_final_message`) are padded on the left, for `generate`; all else on
+        the tokenizer's `padding_side`, which is right. `processor_kwargs={"padding_side": ...}` overrules both.
+
+        Args:
+            chat_template: "default", "plain", or a template.
+        """
+        if sanitize_control_tokens and not tokenize:
+            raise ValueError(
+                "sanitize_control_tokens needs tokenize=True: in a rendered text, text and tokens look alike"
+            )
+        processor_kwargs = dict(processor_kwargs or {})
+        if add_generation_prompt or continue_final_message:
+            processor_kwargs.setdefault("padding_side", "left")
+        if tokenize and isinstance(self.tokenizer, QWenTokenizer):
+            read_as_tokens = () if sanitize_control_tokens else IMAGE_SPECIAL_TOKENS
+            conversation = self._mark_texts(conversation, read_as_tokens)
+            processor_kwargs["sanitize_control_tokens"] = True  # says that there are marks in the text
+            if "piece_break" in self._resolve_chat_template(chat_template):
+                kwargs["piece_break"] = PIECE_BREAK
+            sanitize_control_tokens = False
+        return super().apply_chat_template(
+            conversation,
+            chat_template=chat_template,
+            tokenize=tokenize,
+            sanitize_control_tokens=sanitize_control_tokens,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            processor_kwargs=processor_kwargs,
+            **kwargs,
+        )
+
+    def _mark_texts(self, conversation: list, read_as_tokens: Collection[str]) -> list:
+        """The conversation(s) with every other special token in a text, label or phrase marked as text."""
+        as_text = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
+        as_text = sorted(set(as_text) - set(read_as_tokens), key=len, reverse=True)
+        pattern = re.compile("|".join(map(re.escape, as_text)))
+
+        def mark(node: Any) -> Any:
+            if isinstance(node, (list, tuple)):
+                return [mark(item) for item in node]
+            if isinstance(node, dict):
+                is_text = ("text", "label", "content")
+                return {
+                    k: mark_control_tokens(v, pattern) if k in is_text and isinstance(v, str) else v
+                    for k, v in node.items()
+                }
+            return node
+
+        return mark(conversation)
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        """What one `<imgpad>` of a text becomes; `<img>` and `</img>` already stand around it."""
+        return IMGPAD * self.num_image_tokens
+
+    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
+        """Adds to the base class: whole slots only, and pictures per text where they are given per text."""
+        for row, sample in enumerate(text or ()):
+            broken = [piece for piece in _SLOT_PIECES.findall(sample) if piece in (IMG_START, IMGPAD)]
+            if broken:
+                raise ValueError(
+                    f"Text {row} has {broken[0]} outside {IMAGE_SLOT}, which is how a text says where a picture goes: "
+                    f"{sample[:200]!r}. If a user typed it, use apply_chat_template(..., sanitize_control_tokens=True)."
+                )
+        if (
+            text is not None
+            and isinstance(images, (list, tuple))
+            and all(isinstance(i, (list, tuple)) for i in images)
+        ):
+            for row, (sample, pictures) in enumerate(zip(text, images, strict=False)):
+                if sample.count(IMGPAD) != len(pictures):
+                    raise ValueError(
+                        f"Text {row} has {sample.count(IMGPAD)} {IMAGE_SLOT} but {len(pictures)} picture(s): give each text "
+                        f"as many pictures as it has slots, in their order"
+                    )
+        super().validate_inputs(images=images, text=text, **kwargs)
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, keep_image_special: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """Texts of generated ids (batch, length); `<ref>`, `<box>` and `<quad>` stay in them unless told otherwise."""
+        return self.batch_decode(
+            generated_outputs, skip_special_tokens=skip_special_tokens, keep_image_special=keep_image_special, **kwargs
+        )
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """Visual tokens per picture of `image_sizes` (height, width), for inference servers."""
+        if image_sizes is None:
+            return MultiModalData()
+        return MultiModalData(
+            num_image_tokens=[self.num_image_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
+        )
