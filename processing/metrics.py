@@ -8,7 +8,8 @@ import string
 from collections.abc import Sequence
 
 import torch
-from torchmetrics.functional.text import edit_distance
+from rapidfuzz.distance import Levenshtein
+from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_iou
 
 from .coordinates import Box
@@ -28,10 +29,7 @@ def iou(first: Box, second: Box) -> float:
         >>> iou(Box(0, 0, 10, 10), Box(5, 0, 15, 10))  # 50 of 150
         0.3333333333333333
     """
-    if first.image_index != second.image_index:
-        return 0.0
-    ious = iou_matrix([first], [second])
-    return float(ious[0, 0])
+    return float(iou_matrix([first], [second]))
 
 
 def iou_matrix(first: Sequence[Box], second: Sequence[Box]) -> torch.Tensor:
@@ -44,6 +42,26 @@ def iou_matrix(first: Sequence[Box], second: Sequence[Box]) -> torch.Tensor:
     pictures_N, pictures_M = (torch.tensor([box.image_index for box in boxes]) for boxes in (first, second))
     same_NM = pictures_N[:, None] == pictures_M[None, :]
     return box_iou(corners_N4, corners_M4).nan_to_num(0.0) * same_NM
+
+
+def box_f1(predicted: Sequence[Box], true: Sequence[Box], threshold: float = 0.5) -> float:
+    """F1 of the boxes found: a predicted and a true box match, one to one, if their IoU reaches `threshold`.
+
+    The matching is the one with the largest summed IoU among pairs that reach the threshold (Hungarian algorithm).
+    Of one true and one predicted box it is accuracy at IoU `threshold` as in RefCOCO. Labels are not compared. No box
+    where there is none scores 1.
+
+    Example:
+        >>> box_f1([Box(0, 0, 10, 10), Box(50, 50, 60, 60)], [Box(0, 0, 10, 9)])  # one of two right, one of one found
+        0.6666666666666666
+    """
+    if not predicted and not true:
+        return 1.0
+    ious_NM = iou_matrix(predicted, true)
+    ious_NM = ious_NM.where(ious_NM >= threshold, 0.0)
+    rows, columns = linear_sum_assignment(ious_NM.numpy(), maximize=True)
+    num_matched = int((ious_NM[rows, columns] > 0).sum())
+    return 2 * num_matched / (len(predicted) + len(true))
 
 
 def exact_match(answer: str, truths: Sequence[str]) -> float:
@@ -116,10 +134,7 @@ def edit_similarity(answer: str, truth: str) -> float:
         >>> edit_similarity("kitten", "sitting")  # 3 edits, 7 characters
         0.5714285714285714
     """
-    longest = max(len(answer), len(truth))
-    if longest == 0:
-        return 1.0
-    return 1 - float(edit_distance([answer], [truth], reduction="sum")) / longest
+    return Levenshtein.normalized_similarity(answer, truth)
 
 
 def anls(answer: str, truths: Sequence[str], threshold: float = 0.5) -> float:

@@ -6,6 +6,7 @@ import torch
 from processing.coordinates import Box
 from processing.metrics import (
     anls,
+    box_f1,
     edit_similarity,
     exact_match,
     iou,
@@ -42,6 +43,38 @@ def test_boxes_without_area_score_zero_and_not_nan():
 def test_the_iou_matrix_has_a_row_per_first_and_a_column_per_second_box():
     matrix = iou_matrix([Box(0, 0, 2, 2), Box(5, 5, 7, 7)], [Box(0, 0, 2, 2), Box(6, 5, 8, 7), Box(0, 0, 1, 2)])
     torch.testing.assert_close(matrix, torch.tensor([[1, 0, 0.5], [0, 1 / 3, 0]], dtype=torch.float64))
+
+
+A, B, C = Box(0, 0, 10, 10), Box(20, 0, 30, 10), Box(40, 0, 50, 10)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "true", "score"),
+    [
+        ([A], [A], 1.0),
+        ([B], [A], 0.0),
+        ([A, B, C], [C, A, B], 1.0),
+        ([A, A, A], [A], 2 * 1 / 4),  # printing a box again does not pay
+        ([A], [A, B, C], 2 * 1 / 4),
+        ([A, B], [B, C], 2 * 1 / 4),
+        ([], [A], 0.0),
+        ([A], [], 0.0),
+        ([], [], 1.0),
+        ([Box(0, 0, 10, 5)], [A], 1.0),  # IoU exactly one half counts
+        ([Box(0, 0, 10, 4.9)], [A], 0.0),
+    ],
+)
+def test_box_f1_matches_one_to_one(predicted, true, score):
+    assert box_f1(predicted, true) == pytest.approx(score)
+
+
+def test_box_f1_finds_the_assignment_that_a_greedy_choice_misses():
+    # P1 fits T1 (0.9) and T2 (0.8), P2 fits T1 (0.7) alone: only P1-T2, P2-T1 matches both.
+    t1, t2 = Box(0, 0, 100, 10), Box(10, 0, 110, 10)
+    p1, p2 = Box(4, 0, 104, 10), Box(-30, 0, 70, 10)
+    assert iou(p1, t1) > iou(p1, t2) >= 0.5
+    assert iou(p2, t1) >= 0.5 > iou(p2, t2)
+    assert box_f1([p1, p2], [t1, t2]) == 1.0
 
 
 def test_no_boxes_give_an_empty_matrix():
