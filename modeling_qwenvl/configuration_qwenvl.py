@@ -2,6 +2,7 @@
 
 from dataclasses import field
 from math import isqrt
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
@@ -12,6 +13,18 @@ from .original_config import REMOTE_CODE_MODULES, native_config
 
 # Tokens that a foreign tower puts before its patch tokens.
 NUM_PREFIX_TOKENS = {"qwen_vl_vision": 0, "clip_vision_model": 1, "siglip_vision_model": 0}
+# What some causal language models do to their logits after the head, with the values that mean nothing is done. Our head
+# is a plain matrix, so that it can be tied, resized, quantised and fused into the loss.
+LOGIT_SCALING = {
+    "final_logit_softcapping": (None,),
+    "logits_soft_cap": (None,),
+    "logit_scale": (None, 1, 1.0),
+    "logits_scaling": (None, 1, 1.0),
+    "lm_head_multiplier": (None, 1, 1.0),
+    "output_multiplier": (None, 1, 1.0),
+    "lm_head_bias": (None, False),
+}
+TYPES_WITH_HEAD_BIAS = ("codegen", "ctrl", "gptj", "phi")
 ADAPTER_TYPES = ("resampler", "mlp", "linear")
 ADAPTER_INITS = ("original", "local")
 
@@ -132,13 +145,15 @@ class QwenVLConfig(PreTrainedConfig):
     """
 
     model_type = "qwen_vl"
+    # Where a folder has no processor files, as in the original repositories, AutoProcessor asks the config.
+    processor_class = "QwenVLProcessor"
     sub_configs_defaults = {  # noqa: RUF012 (transformers reads it from the class)
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen_vl_vision"),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen_vl_text"),
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None  # dict, config or None
+    text_config: Any = None
     adapter_type: str = "resampler"
     num_queries: int | None = None
     adapter_num_heads: int | None = None
@@ -167,10 +182,39 @@ class QwenVLConfig(PreTrainedConfig):
         }
         super().__post_init__(**kwargs)
         # One truth for tied embeddings: the text config of a seed may say it, and so may we.
+        self._check_text()
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         self.text_config.tie_word_embeddings = self.tie_word_embeddings
         self._check_vision()
         self._check_adapter()
+
+    def _check_text(self) -> None:
+        text, kind = self.text_config.to_dict(), self.text_config.model_type
+        missing = [name for name in ("hidden_size", "vocab_size") if not isinstance(text.get(name), int)]
+        if missing:
+            raise ValueError(
+                f"text_config of type {kind!r} has no {', '.join(missing)}: it must be a plain causal language model "
+                "(of a model that also sees or hears give its text_config)."
+            )
+        if text.get("is_encoder_decoder") or text.get("is_decoder") is False:
+            raise ValueError(f"text_config of type {kind!r} is not a causal language model: it has an encoder.")
+        for name, neutral in LOGIT_SCALING.items():
+            if text.get(name) not in neutral:
+                raise ValueError(
+                    f"text_config of type {kind!r} has {name} = {text[name]}, which changes the logits after the head; "
+                    f"the head here is a plain matrix. Only {' or '.join(map(str, neutral))} is possible."
+                )
+        if kind in TYPES_WITH_HEAD_BIAS:
+            raise ValueError(f"text_config of type {kind!r} has a bias in its head; the head here is a plain matrix.")
+        ids = {n: getattr(self, n) for n in ("image_token_id", "image_start_token_id", "image_end_token_id")}
+        for name, token_id in ids.items():
+            if not 0 <= token_id < self.text_config.vocab_size:
+                raise ValueError(
+                    f"{name} = {token_id} is outside the vocabulary of {self.text_config.vocab_size}: give the id that "
+                    "your tokenizer has for it, or more embeddings (text_config.vocab_size)."
+                )
+        if len(set(ids.values())) < len(ids):
+            raise ValueError(f"The ids of the picture's tokens must differ: {ids}.")
 
     def _check_vision(self) -> None:
         tower = self.vision_config.to_dict()

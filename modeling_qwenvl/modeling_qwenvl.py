@@ -6,10 +6,11 @@ placeholders, and `input_ids` with `config.num_image_tokens` times `config.image
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -18,6 +19,7 @@ from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
 from .adapter_qwenvl import ADAPTERS, QwenVLResampler, init_resampler
+from .composition import assemble, load_text, load_tower
 from .configuration_qwenvl import QwenVLConfig
 from .original_checkpoint import register_original_names
 from .vision_qwenvl import QwenVLVisionModel, patch_grid
@@ -254,6 +256,53 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         name = next(name for name, module in self.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision: str | PreTrainedModel,
+        text: str | PreTrainedModel,
+        *,
+        adapter: str = "resampler",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        extra_tokens: tuple[str, ...] = (),
+        dtype: torch.dtype | str = "auto",
+        **config_kwargs,
+    ) -> Self:
+        """Join a pretrained vision tower and a pretrained language model by a fresh adapter.
+
+        The tokenizer learns `<img>`, `</img>` and `<imgpad>` (and `extra_tokens`) in place, and the embeddings and the
+        head get rows for them. Without a tokenizer, the one beside `text` says which ids they have; add the same tokens
+        to it with `add_image_tokens`. Where `text` is a model and no tokenizer is given, they follow its last embedding.
+
+        Args:
+            vision: folder or Hub id, or model: CLIP, SigLIP or another tower of transformers, `QwenVLVisionModel`, or a
+                whole Qwen-VL, whose tower is taken. Models are taken over, not copied.
+            text: folder or Hub id, or model, of a causal language model.
+            adapter: "resampler", "mlp" or "linear".
+            dtype: of what is loaded from folders, and of the adapter where `text` is one.
+            config_kwargs: further fields of `QwenVLConfig`: `num_queries`, `vision_feature_layer`, ...
+
+        Returns:
+            The model in evaluation mode, everything trainable except the resampler's fixed table.
+
+        Raises:
+            ValueError: the language model does more to its logits than our head can (`QwenVLConfig` says which).
+
+        Example:
+            >>> tokenizer = AutoTokenizer.from_pretrained("Qwen/Qwen2.5-1.5B")
+            >>> model = QwenVLForConditionalGeneration.from_vision_text_pretrained(
+            ...     "openai/clip-vit-large-patch14-336", "Qwen/Qwen2.5-1.5B", adapter="mlp", tokenizer=tokenizer,
+            ...     vision_feature_layer=-2)
+            >>> model.config.num_image_tokens
+            576
+        """
+        tower = load_tower(vision, dtype)
+        decoder, ids = load_text(text, dtype, tokenizer, extra_tokens)
+        config = QwenVLConfig(
+            vision_config=tower.config, text_config=decoder.config, adapter_type=adapter, **ids, **config_kwargs
+        )
+        return assemble(cls, config, tower, decoder)
 
     def get_image_features(self, pixel_values: torch.Tensor | None, **kwargs) -> BaseModelOutputWithPooling:
         """As `QwenVLModel.get_image_features`."""
