@@ -1,4 +1,7 @@
-"""Files, text and pictures -> tensors, and answers -> boxes. Importing it lets transformers' Auto classes load what it saved."""
+"""Files, text and pictures -> tensors, and answers -> boxes.
+
+Importing the package registers its classes with transformers' Auto classes (auto_classes.py).
+"""
 
 from .auto_classes import QwenVLProcessorKey as _registered  # noqa: F401
 from .image_processing_pil_qwenvl import QwenVLImageProcessorPil

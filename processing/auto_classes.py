@@ -1,8 +1,8 @@
 """Makes transformers' Auto classes know the classes of this package, by their names.
 
-A saved folder names its classes: `processor_class` in processor_config.json, `tokenizer_class` in tokenizer_config.json,
-`image_processor_type` beside the sizes. The Auto classes look these names up among what is registered. The registry wants
-a config class as key; the model's config belongs to another package, so the key is one that no model uses.
+A saved folder names its classes: `processor_class` and `image_processor_type` in processor_config.json,
+`tokenizer_class` in tokenizer_config.json. The Auto classes look these names up among what is registered. The registry
+wants a config class as key; the model's config belongs to another package, so the key is one that no model uses.
 """
 
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedConfig

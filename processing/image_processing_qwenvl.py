@@ -12,12 +12,12 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImage
 
 
 class QwenVLImageProcessor(TorchvisionBackend):
-    """Resizes to one square (bicubic, aspect ratio not kept), scales to [0, 1] and normalises with CLIP's mean and std.
+    """Resizes to one square (bicubic, aspect ratio not kept), scales to [0, 1], normalises with CLIP's mean and std.
 
-    `size` is {"height": 448, "width": 448}; stage 1 of the training uses 224. It is saved with the processor. Palettes are
-    expanded and alpha is dropped, as PIL's `convert("RGB")` does (transformers would put the picture on white).
+    `size` is {"height": 448, "width": 448}; stage 1 of the training uses 224. It is saved with the processor. Palettes
+    are expanded and alpha is dropped, as PIL's `convert("RGB")` does (transformers would put the picture on white).
 
-    Called with a picture or a list of them, it returns `pixel_values` of shape (num_images, 3, height, width), float32.
+    Called with a picture or a list of them, it returns `pixel_values` (num_images, 3, height, width), float32.
 
     Example:
         >>> QwenVLImageProcessor()(PIL.Image.new("RGB", (640, 427)), return_tensors="pt")["pixel_values"].shape

@@ -1,7 +1,7 @@
-"""Conversations and pictures -> what the model takes: `input_ids`, `attention_mask`, `pixel_values`; and answers back.
+"""Conversations and pictures -> what the model takes: `input_ids`, `attention_mask`, `pixel_values`; ids -> answers.
 
-In a text, one picture is `<img><imgpad></img>` (`IMAGE_SLOT`). The processor writes `num_image_tokens` times `<imgpad>`
-in its place; the model overwrites their embeddings with the picture's vectors.
+In a text, one picture is `<img><imgpad></img>` (`IMAGE_SLOT`). The processor repeats the `<imgpad>` `num_image_tokens`
+times; the model overwrites the embeddings of these tokens with the picture's vectors.
 """
 
 import re
@@ -19,7 +19,7 @@ from .image_processing_qwenvl import QwenVLImageProcessor
 from .special_tokens import IMAGE_SLOT, IMAGE_SPECIAL_TOKENS, IMG_END, IMG_START, IMGPAD
 from .tokenization_qwenvl import PIECE_BREAK, QWenTokenizer
 
-IMAGE_PROCESSORS = {"pil": QwenVLImageProcessorPil, "torchvision": QwenVLImageProcessor}
+IMAGE_PROCESSORS: dict[str, Any] = {"pil": QwenVLImageProcessorPil, "torchvision": QwenVLImageProcessor}
 TEMPLATES = {"default": "chat_template.jinja", "plain": "plain_template.jinja"}
 
 _SLOT_PIECES = re.compile("|".join(map(re.escape, (IMAGE_SLOT, IMG_START, IMG_END, IMGPAD))))
@@ -38,11 +38,14 @@ class QwenVLProcessor(ProcessorMixin):
         ValueError: the tokenizer lacks `<img>`, `</img>` or `<imgpad>`.
 
     Example:
-        >>> messages = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "Hi"}]}]
+        >>> content = [{"type": "image", "image": picture}, {"type": "text", "text": "Where is the dog?"}]
+        >>> messages = [{"role": "user", "content": content}]
         >>> inputs = processor.apply_chat_template(
         ...     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         ... )
-        >>> answer = processor.batch_decode(model.generate(**inputs), skip_special_tokens=True, keep_image_special=True)
+        >>> output_ids = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+        >>> processor.post_process_image_text_to_text(output_ids)
+        ['<ref>the dog</ref><box>(221,423),(569,886)</box>']
     """
 
     def __init__(
@@ -70,13 +73,13 @@ class QwenVLProcessor(ProcessorMixin):
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
-        """Adds to the base class: the original repositories, whose config.json says what a processor file would say."""
+        """Adds to the base class: the original repositories, whose config.json says what a processor file would."""
         processor_dict, unused_kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if "image_processor" not in processor_dict:
             config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
             if "visual" not in config:
                 raise ValueError(
-                    f"{pretrained_model_name_or_path} holds no Qwen-VL processor: it has no processor_config.json with an "
+                    f"{pretrained_model_name_or_path} holds no Qwen-VL processor: no processor_config.json with an "
                     f"image processor, and its config.json has no `visual` part as the original Qwen-VL's has"
                 )
             visual = config["visual"]
@@ -111,12 +114,12 @@ class QwenVLProcessor(ProcessorMixin):
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Renders a conversation, or a list of them, and with `tokenize` encodes it: see `ProcessorMixin` for the rest.
+        """Renders a conversation or a list of them, and with `tokenize` encodes it; see `ProcessorMixin` for the rest.
 
         With `tokenize`, the ids are those of the original's chat (given a `QWenTokenizer`):
 
-        - of special strings in the texts of the conversation, only `IMAGE_SPECIAL_TOKENS` are read as tokens, so that a
-          text with `<|im_end|>` does not end its message; with `sanitize_control_tokens` none is;
+        - of special strings in the texts of the conversation, only `IMAGE_SPECIAL_TOKENS` are read as tokens, so that
+          a text with `<|im_end|>` does not end its message; with `sanitize_control_tokens` none is;
         - what the template writes before a text is not merged with it, not even line breaks.
 
         Prompts (`add_generation_prompt`, `continue_final_message`) are padded on the left, for `generate`; all else on
@@ -180,7 +183,7 @@ class QwenVLProcessor(ProcessorMixin):
             if broken:
                 raise ValueError(
                     f"Text {row} has {broken[0]} outside {IMAGE_SLOT}, which is how a text says where a picture goes: "
-                    f"{sample[:200]!r}. If a user typed it, use apply_chat_template(..., sanitize_control_tokens=True)."
+                    f"{sample[:200]!r}. If a user typed it: apply_chat_template(..., sanitize_control_tokens=True)."
                 )
         if (
             text is not None
@@ -190,8 +193,8 @@ class QwenVLProcessor(ProcessorMixin):
             for row, (sample, pictures) in enumerate(zip(text, images, strict=False)):
                 if sample.count(IMGPAD) != len(pictures):
                     raise ValueError(
-                        f"Text {row} has {sample.count(IMGPAD)} {IMAGE_SLOT} but {len(pictures)} picture(s): give each text "
-                        f"as many pictures as it has slots, in their order"
+                        f"Text {row} has {sample.count(IMGPAD)} {IMAGE_SLOT} but {len(pictures)} picture(s): give "
+                        f"each text as many pictures as it has slots, in their order"
                     )
         super().validate_inputs(images=images, text=text, **kwargs)
 

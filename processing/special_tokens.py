@@ -2,7 +2,7 @@
 
 Two vocabularies share one set of 151,643 byte-pair ranks and differ in what follows them:
 
-- Qwen-VL (2023): `QWEN_VL_SPECIAL_TOKENS`, 217 strings in the order of their ids (151643 ... 151859 on the real vocabulary).
+- Qwen-VL (2023): `QWEN_VL_SPECIAL_TOKENS`, 217 strings in the order of their ids (151643 ... 151859 on the real one).
 - Qwen2-VL, Qwen2.5-VL, Qwen3-VL: the `<|...|>` strings at the end of this file (151646 ... 151656 on the real one).
 """
 

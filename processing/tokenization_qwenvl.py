@@ -1,4 +1,4 @@
-"""Text -> ids of Qwen-VL: byte-pair ranks from `qwen.tiktoken` or `tokenizer.json`, and the 217 special tokens behind them.
+"""Text -> ids of Qwen-VL: byte-pair ranks from `qwen.tiktoken` or `tokenizer.json`, then 217 special tokens.
 
 The ids equal those of the original tokenizer for every text without a picture. Where the original packed a file name
 into ids between `<img>` and `</img>`, the text here holds `<imgpad>` and the picture is given beside the text.
@@ -79,9 +79,9 @@ class QWenTokenizer(TokenizersBackend):
     goes through `encode_text`, where special strings stay text unless allowed.
     """
 
-    # The class carries the name that the original tokenizer_config.json asks for: AutoTokenizer finds it by that name.
-    # It has no __init__: transformers rebuilds a tokenizer with one from bare vocab and merges, without NFC and splits.
-    vocab_files_names = {"vocab_file": "qwen.tiktoken", "tokenizer_file": "tokenizer.json"}
+    # The class has the name that the original tokenizer_config.json asks for: AutoTokenizer finds it by that name.
+    # It has no __init__: transformers would rebuild the tokenizer from bare vocab and merges, without NFC and splits.
+    vocab_files_names = {"vocab_file": "qwen.tiktoken", "tokenizer_file": "tokenizer.json"}  # noqa: RUF012
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
 
     @classmethod
