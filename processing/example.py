@@ -16,6 +16,7 @@ Kind = Literal["sft", "preference", "reward"]
 Style = Literal["chat", "plain"]
 
 ROLES = ("system", "user", "assistant")
+COMMON_KEYS = ("id", "task", "weight")  # columns that rows of every format may have
 MESSAGE_KEYS = ("role", "content", "weight", "train")
 
 

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from .example import Example, RowError, Source
+from .example import COMMON_KEYS, Example, RowError, Source
 from .parts import shorten
 from .row_formats_conversations import (
     fits_llava,
@@ -24,12 +24,10 @@ from .row_formats_conversations import (
 )
 from .row_formats_detection import read_coco, read_refcoco, rows_of_refcoco
 from .row_formats_preference import read_preference, read_reward
+from .row_formats_tasks import FIELDS, fits_task, read_task
 from .row_pictures import PictureRoot
 
 Row = Mapping[str, Any]
-
-# Columns that every format understands. The other columns of a row are kept in Example.columns.
-COMMON_KEYS = ("id", "task", "weight")
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,7 @@ ROW_FORMATS: dict[str, RowFormat] = {
         read_refcoco,
         split=rows_of_refcoco,
     ),
+    "task": RowFormat(("task",), FIELDS, read_task, fits_task, "with the fields of the task"),
 }
 
 

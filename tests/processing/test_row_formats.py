@@ -161,6 +161,38 @@ def test_reward_rows_keep_their_other_columns_for_the_reward_functions():
     assert "both 'problem' and 'prompt'" in reason_of({"problem": "a", "prompt": "b", "solution": "5"})
 
 
+def test_rows_of_stage_2_name_their_task_and_its_fields():
+    example = only({"task": "vqa", "image": "a.png", "question": "Who?", "answer": "Ada"}, root="/data")
+    assert (example.style, example.task, example.pictures) == ("plain", "vqa", ["/data/a.png"])
+    assert example.messages[1]["content"] == [text(" Ada")]
+    assert only({"task": "pure_text", "text": "a", "corpus": "wiki"}).columns == {"corpus": "wiki"}
+    assert only({"task": "pure_text", "text": "All of it."}).messages[1]["content"] == "All of it."
+
+
+def test_a_task_column_in_a_row_of_another_shape_is_only_its_label():
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert only({"messages": turns, "task": "vqa"}).style == "chat"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (
+            {"task": "vqa", "image": "a.png", "question": "Who?", "answer": "a", "langage": "en"},
+            "did you mean 'language'",
+        ),
+        (
+            {"task": "vqa", "image": "a.png", "question": "Who?", "answer": "a", "bbox": [1]},
+            "has the unknown key 'bbox'",
+        ),
+        ({"task": "vqa", "image": "a.png", "question": "Who?"}, "task 'vqa' needs answer"),
+        ({"task": "vpa", "image": "a.png"}, "task is 'vpa', it must be one of caption, vqa"),
+    ],
+)
+def test_malformed_rows_of_stage_2_are_refused(row, reason):
+    assert reason in reason_of(row, format="task")
+
+
 def test_task_and_weight_are_read_from_every_row():
     example = only({"image": "a.png", "prefix": "Read.", "suffix": "STOP", "task": "ocr", "weight": 0.5})
     assert (example.task, example.weight) == ("ocr", 0.5)
