@@ -13,7 +13,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from modeling_qwenvl.adapter_qwenvl import SinCosTable
+
 PARTS = ("tower", "adapter", "language_model", "embeddings")
+
+# Modules whose parameters are constants that happen to be saved with the weights: no stage trains them.
+CONSTANT_MODULES = (SinCosTable,)
 
 
 @dataclass(frozen=True)
@@ -62,12 +67,14 @@ class ModelParts:
     Attributes:
         base: the transformers model, without its PEFT wrapper (LoRA layers sit inside it, at the same paths).
         part_of: parameter name in `base` -> one of `PARTS`.
+        constants: names of the parameters that never train.
         blocks: the tower's repeated blocks, first to last.
     """
 
     base: PreTrainedModel
     family: Family
     part_of: dict[str, str]
+    constants: frozenset[str]
     blocks: nn.ModuleList
     blocks_path: str
     _parameters: dict[str, nn.Parameter] = field(repr=False)
@@ -133,9 +140,15 @@ def find_parts(model: nn.Module) -> ModelParts:
             )
         part_of[name] = paths[max(matching, key=len)]
 
+    constants = frozenset(
+        f"{path}.{name}"
+        for path, module in base.named_modules()
+        if isinstance(module, CONSTANT_MODULES)
+        for name, _ in module.named_parameters()
+    )
     blocks_path = _path_of_blocks(base.get_submodule(family.tower), family)
     blocks = base.get_submodule(blocks_path)
-    return ModelParts(base, family, part_of, blocks, blocks_path, parameters)
+    return ModelParts(base, family, part_of, constants, blocks, blocks_path, parameters)
 
 
 def _path_of_blocks(tower: nn.Module, family: Family) -> str:

@@ -78,7 +78,7 @@ def _what_trains(parts: ModelParts, trained: TrainedParts) -> dict[str, bool]:
     if last is not None and not 1 <= last <= num_blocks:
         raise ValueError(f"last_tower_blocks={last}, but the tower has {num_blocks} blocks: give 1 to {num_blocks}.")
 
-    trains = {name: part in trained.parts for name, part in parts.part_of.items()}
+    trains = {name: part in trained.parts and name not in parts.constants for name, part in parts.part_of.items()}
     if last is not None:
         for name, depth in tower_depths(parts).items():
             trains[name] = depth > num_blocks - last

@@ -88,7 +88,7 @@ def supervised_loss(
     inputs = dict(inputs)
     targets = find_targets(inputs.pop("labels"), inputs.pop("loss_weights", None))
     # A cache would silently switch off the mask of packed rows (transformers builds its masks for the cache then).
-    outputs = model(**inputs, logits_to_keep=targets.predicts_BL, use_cache=False)
+    outputs = model(**inputs | {"logits_to_keep": targets.predicts_BL, "use_cache": False})
     losses_S = token_losses(outputs.logits, targets.tokens_S, label_smoothing, z_loss)
     total = targets.weights_S.sum() if total_weight is None else total_weight
     return (losses_S * targets.weights_S).sum() / total, outputs

@@ -16,6 +16,9 @@ from transformers import (
     set_seed,
 )
 
+from modeling_qwenvl.configuration_qwenvl import QwenVLConfig
+from modeling_qwenvl.modeling_qwenvl import QwenVLForConditionalGeneration
+
 IMAGE_ID, START_ID, END_ID, VOCABULARY = 90, 91, 92, 97
 GRID = (1, 4, 4)  # frames, patch rows, patch columns of every picture: 4 visual tokens after merging 2 x 2
 
@@ -85,12 +88,48 @@ def _llava():
     )
     text = Qwen2Config(**{**_text, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}})
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=IMAGE_ID, vision_feature_select_strategy="default"
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE_ID,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
     )
     return LlavaForConditionalGeneration(config)
 
 
-BUILDERS = {"qwen2_vl": _qwen2_vl, "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl, "llava": _llava}
+def _qwen_vl():
+    """4 queries per picture of 8 x 8 pixels, 2 x 2 patches."""
+    vision = {
+        "hidden_size": 24,
+        "intermediate_size": 28,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+        "position_grid": 2,
+    }
+    text = {**_text, "num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    del text["tie_word_embeddings"]
+    config = QwenVLConfig(
+        vision_config=vision,
+        text_config=text,
+        num_queries=4,
+        adapter_num_heads=2,
+        image_token_id=IMAGE_ID,
+        image_start_token_id=START_ID,
+        image_end_token_id=END_ID,
+        tie_word_embeddings=False,
+    )
+    return QwenVLForConditionalGeneration(config)
+
+
+BUILDERS = {
+    "qwen_vl": _qwen_vl,
+    "qwen2_vl": _qwen2_vl,
+    "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
+    "llava": _llava,
+}
 
 
 def _row(family: str, seed: int, length: int, pictures: int) -> dict:
