@@ -22,12 +22,12 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import BatchEncoding, TokenizersBackend
+from transformers import BatchEncoding, PreTrainedTokenizerBase, TokenizersBackend
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils.chat_template_utils import mark_control_tokens
 
-from .special_tokens import ENDOFTEXT, GROUNDING_TOKENS, QWEN_VL_SPECIAL_TOKENS
+from .special_tokens import ENDOFTEXT, EXTRAS, GROUNDING_TOKENS, QWEN_VL_SPECIAL_TOKENS
 
 # Digits are split one by one: 12 and 345 never share a token, so coordinates keep a place value.
 SPLIT_PATTERN = (
@@ -247,3 +247,14 @@ def train_qwenvl_tokenizer(texts: Iterable[str], vocab_size: int) -> QWenTokeniz
     tokenizer.train_from_iterator(texts, trainer)
     _add_special_tokens(tokenizer)
     return QWenTokenizer(tokenizer_object=tokenizer, eos_token=ENDOFTEXT, pad_token=ENDOFTEXT)
+
+
+def add_qwenvl_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Appends those of Qwen-VL's special tokens that `tokenizer`, of another model, lacks; without the 205 reserved ones.
+
+    Returns:
+        how many were added: the model's embeddings need as many new rows (`resize_token_embeddings`).
+    """
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in QWEN_VL_SPECIAL_TOKENS if token not in vocabulary and token not in EXTRAS]
+    return tokenizer.add_tokens([AddedToken(token, special=True, normalized=True) for token in missing])
