@@ -12,7 +12,7 @@ character, what the template gives for the conversation itself; a template that 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -66,10 +66,11 @@ ANSWERS = LabelRule()
 QWEN_VL = LabelRule(markers=r"<\|im_start\|>|<\|im_end\|>\n?", every_turn=True, joined=False)
 
 
-def special_pattern(tokenizer: Any) -> re.Pattern[str]:
-    """Matches each special token of `tokenizer` (group 1), the longest first.
+def special_pattern(tokenizer: Any, only: Collection[str] | None = None) -> re.Pattern[str]:
+    """Matches each special token of `tokenizer`, or those of `only`, as group 1.
 
     Raises:
+        ValueError: a token of `only` is not a special token of `tokenizer`.
         ValueError: a special token eats the blanks around it (lstrip, rstrip) or wants word borders, which splitting the
             text at special tokens would get wrong.
     """
@@ -80,7 +81,10 @@ def special_pattern(tokenizer: Any) -> re.Pattern[str]:
                 f"Special token {token.content!r} has lstrip, rstrip or single_word set: spans cannot be cut there. "
                 f"Load the tokenizer with these flags off."
             )
-    texts = sorted((token.content for token in special), key=len, reverse=True)
+    known = {token.content for token in special}
+    if unknown := set(only or ()) - known:
+        raise ValueError(f"Not special tokens of this tokenizer: {', '.join(sorted(unknown))}")
+    texts = sorted(known if only is None else set(only), key=len, reverse=True)  # the longest first
     return re.compile("(" + "|".join(map(re.escape, texts)) + ")" if texts else r"((?!))")
 
 
@@ -124,7 +128,9 @@ def chat_spans(
     texts = _texts_as_rendered(texts, frames, contents, expected)
 
     trained = trained_messages(messages, train_on)
-    framed = [is_trained or _frame_is_target(rule, m, train_on) for is_trained, m in zip(trained, messages, strict=True)]
+    framed = [
+        is_trained or _frame_is_target(rule, m, train_on) for is_trained, m in zip(trained, messages, strict=True)
+    ]
     weights = [weight * message.get("weight", 1.0) for message in messages]
     spans: list[Span] = []
 

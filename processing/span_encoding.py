@@ -43,6 +43,7 @@ def encode_spans(
     placeholders: Mapping[str, Sequence[Sequence[int]]] | None = None,
     never_targets: Collection[int] = (),
     joined: bool = True,
+    in_data: re.Pattern[str] | None = None,
 ) -> EncodedSpans:
     """Tokenizes `spans` and labels each token by the span that it comes from.
 
@@ -56,6 +57,8 @@ def encode_spans(
             `{"<imgpad>": [[151859] * 256]}`.
         never_targets: ids that get no label even in a trained answer: the placeholders of pictures.
         joined: see `LabelRule.joined`.
+        in_data: special tokens to parse in the data's text too (group 1), as the original finetuning code does with all
+            of them; None: none.
 
     Raises:
         ValueError: the number of occurrences of a placeholder differs from the number of replacements.
@@ -64,12 +67,13 @@ def encode_spans(
     used = dict.fromkeys(placeholders, 0)
     pieces: list[_Piece] = []
     for span in spans:
-        for position, text in enumerate(special.split(span.text) if span.allow_special else (span.text,)):
+        pattern = special if span.allow_special else in_data
+        for position, text in enumerate(pattern.split(span.text) if pattern else (span.text,)):
             if not text:
                 continue
             if position % 2 == 0:
                 pieces.append(_Piece(text, None, span))
-            elif text in placeholders:
+            elif text in placeholders and span.allow_special:
                 number, used[text] = used[text], used[text] + 1
                 replacements = placeholders[text]
                 pieces.append(_Piece(text, list(replacements[number]) if number < len(replacements) else [], span))
@@ -77,7 +81,9 @@ def encode_spans(
                 pieces.append(_Piece(text, [tokenizer.convert_tokens_to_ids(text)], span))
     for token, count in used.items():
         if count != len(placeholders[token]):
-            raise ValueError(f"The text has {count} {token} but {len(placeholders[token])} picture(s) or video(s) came")
+            raise ValueError(
+                f"The text has {count} {token} but {len(placeholders[token])} picture(s) or video(s) came"
+            )
     if joined:
         pieces = _joined(pieces)
 
