@@ -89,7 +89,7 @@ def parameter_groups(model: nn.Module, rates: LearningRates, weight_decay: float
 
     Example:
         >>> [group["name"] for group in parameter_groups(adapter_only, LearningRates(1e-5), weight_decay=0.05)]
-        ['adapter, no decay', 'adapter, decay']
+        ['adapter, decay', 'adapter, no decay']
     """
     parts = find_parts(model)
     depths = tower_depths(parts)
