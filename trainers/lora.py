@@ -178,19 +178,26 @@ def check_quantized(model: PreTrainedModel) -> None:
                 )
 
 
-def load_lora(base: PreTrainedModel, folder: str | Path, trainable: bool = False) -> PeftModel:
+def load_lora(
+    base: PreTrainedModel, folder: str | Path, trainable: bool = False, dtype: torch.dtype | None = None
+) -> PeftModel:
     """Puts a saved adapter folder onto its base, with room for the new tokens that it brings.
+
+    What was trained is held in `dtype`; None means as it was saved, mostly float32. A bfloat16 base runs beside
+    float32 only under autocast: for inference pass `dtype=base.dtype`, or merge.
 
     Raises ValueError if a tensor of the folder finds no place, or a place no tensor.
     """
     config = PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = not trainable
+    config.inference_mode = False
     new_token_ids = [i for ids in (config.trainable_token_indices or {}).values() for i in ids]
     make_room(base, max(new_token_ids, default=-1) + 1)
     model = PeftModel(base, config, autocast_adapter_dtype=False)
+    path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
     wanted = set(get_peft_model_state_dict(model))
-    with safe_open(Path(folder) / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+    with safe_open(path, "pt") as file:
         saved = set(file.keys())
+        saved_dtypes = {file.get_tensor(name).dtype for name in saved}
     if wanted != saved:
         missing, unexpected = sorted(wanted - saved), sorted(saved - wanted)
         raise ValueError(
@@ -198,6 +205,8 @@ def load_lora(base: PreTrainedModel, folder: str | Path, trainable: bool = False
             f"({', '.join(missing[:3])}), and {len(unexpected)} tensors find no place ({', '.join(unexpected[:3])}). "
             "Was it trained from another model?"
         )
+    # PEFT makes the places in the base's dtype and would round what it puts there.
+    cast_trained(model, dtype or max(saved_dtypes, key=lambda kind: kind.itemsize))
     model.load_adapter(str(folder), "default", is_trainable=trainable, autocast_adapter_dtype=False)
     return model
 
