@@ -1,10 +1,11 @@
 """Adapters from the tower's patch vectors (B, N, C) to vectors of the language model's width (B, Q, E).
 
-Legend: B pictures, N patches, C width of the tower, Q tokens per picture, E width of the language model, K heads, D width
-of a head.
+Legend: B pictures, N patches, C width of the tower, Q tokens per picture, E width of the language model, K heads,
+D width of a head.
 """
 
 from math import ceil, isqrt, log, log2, sqrt
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ LOCAL_SHARPNESS = 4.0
 
 
 class SinCosTable(nn.Module):
-    """The resampler's fixed table: saved with the weights, loaded from them (bfloat16-rounded there), never trained."""
+    """The resampler's fixed table: saved and loaded with the weights (the original's is bfloat16), never trained."""
 
     def __init__(self, grid_size: int, width: int):
         super().__init__()
@@ -43,7 +44,7 @@ class SinCosTable(nn.Module):
 class QwenVLResampler(GradientCheckpointingLayer):
     """One cross-attention layer: `num_queries` learned queries read the patches (Qwen-VL paper, section 2.1).
 
-    Positions are added to queries and keys, not to values; there is no residual and no MLP. Then a norm and a projection.
+    Positions are added to queries and keys, not to values; no residual, no MLP. A norm and a projection follow.
     """
 
     def __init__(self, config: QwenVLConfig):
@@ -55,7 +56,7 @@ class QwenVLResampler(GradientCheckpointingLayer):
         self.num_key_value_groups = 1
         self.is_causal = False
         self.query = nn.Parameter(torch.empty(config.num_queries, width))
-        self.positions = SinCosTable(isqrt(config.num_queries), width)
+        self.positions = SinCosTable(isqrt(config.num_image_tokens), width)
         # The original has no projection, and no key in the checkpoint, where the widths agree.
         self.kv_proj = nn.Identity() if patch_width == width else nn.Linear(patch_width, width, bias=False)
         self.ln_q = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
@@ -116,11 +117,11 @@ class QwenVLLinearAdapter(GradientCheckpointingLayer):
         return self.linear(features_BNC)
 
 
-ADAPTERS = {"resampler": QwenVLResampler, "mlp": QwenVLMLPAdapter, "linear": QwenVLLinearAdapter}
+ADAPTERS: dict[str, Any] = {"resampler": QwenVLResampler, "mlp": QwenVLMLPAdapter, "linear": QwenVLLinearAdapter}
 
 
 def init_resampler(resampler: QwenVLResampler) -> None:
-    """The original's initialisation, then, if the config says "local", ours. Loaded tensors are left alone (`init.*`)."""
+    """The original's initialisation, then, if the config says "local", ours. `init.*` leaves loaded tensors alone."""
     width = resampler.query.shape[1]
     init.trunc_normal_(resampler.query, std=INIT_STD)
     init.copy_(resampler.positions.table, sincos_table(resampler.positions.grid_size, width))
@@ -140,9 +141,9 @@ def _init_looking_at_own_place(resampler: QwenVLResampler) -> None:
 
     Ours, not the paper's. The code's base of 10000 is made for long axes: on a grid of 4 to 16 cells nearly all of its
     channels hardly change from cell to cell, so that a random start attends to everything everywhere. We take the
-    frequencies 1, 1/2, 1/4, ... down to about one half turn over the grid, for both axes; a query's dot product with a
-    key is then LOCAL_SHARPNESS * sum over frequencies and axes of cos(frequency * distance), which is largest at distance
-    0. Contents do not disturb it, because the norms' gains start at 0 in those channels (they are trained).
+    frequencies 1, 1/2, 1/4, ... down to about one half turn over the grid, for both axes; the logit of a query and a
+    key is then LOCAL_SHARPNESS * sum over frequencies and axes of cos(frequency * distance), largest at distance 0.
+    Contents do not disturb it, because the norms' gains start at 0 in those channels (they are trained).
     """
     width, grid_size = resampler.query.shape[1], resampler.positions.grid_size
     per_axis, head_dim = width // 4, width // resampler.num_heads
@@ -160,9 +161,9 @@ def _init_looking_at_own_place(resampler: QwenVLResampler) -> None:
     pick_KDE[:, torch.arange(len(channels), device=device), channels] = sqrt(LOCAL_SHARPNESS / resampler.scaling)
     pick_EE = pick_KDE.flatten(0, 1)
     is_picked_E1 = pick_EE.any(dim=1, keepdim=True)
-    # The other rows start at 0 in the queries only, so that the keys' rows give them a gradient.
-    init.copy_(resampler.q_proj.weight, pick_EE)
-    init.copy_(resampler.k_proj.weight, torch.where(is_picked_E1, pick_EE, resampler.k_proj.weight.float()))
+    # The other rows stay random, small ones in the queries, so that they hardly count and yet have a gradient.
+    for linear, scale in ((resampler.q_proj, 0.1), (resampler.k_proj, 1.0)):
+        init.copy_(linear.weight, torch.where(is_picked_E1, pick_EE, scale * linear.weight.float()))
     gain_E = torch.ones(width, device=device).index_fill(0, channels, 0.0)
     init.copy_(resampler.ln_q.weight, gain_E)
     init.copy_(resampler.ln_kv.weight, gain_E)

@@ -1,4 +1,4 @@
-"""Joining a pretrained vision tower and a pretrained language model: their parts loaded, image tokens added, parts assembled."""
+"""Joining a pretrained vision tower and a pretrained language model: load, add the image tokens, assemble."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -102,6 +102,6 @@ def _check_same_logits(model: PreTrainedModel, text: PreTrainedModel) -> None:
     difference = (alone - joined).abs().max().item()
     if difference > 1e-3 * max(alone.abs().max().item(), 1e-6):
         raise ValueError(
-            f"{type(text).__name__} does something to its logits after the head that the joined model would lose: on text "
-            f"their logits differ by {difference:.3g} (largest logit {alone.abs().max().item():.3g})."
+            f"{type(text).__name__} does something to its logits after the head that the joined model would lose: on "
+            f"text their logits differ by {difference:.3g} (largest logit {alone.abs().max().item():.3g})."
         )

@@ -13,8 +13,8 @@ from .original_config import REMOTE_CODE_MODULES, native_config
 
 # Tokens that a foreign tower puts before its patch tokens.
 NUM_PREFIX_TOKENS = {"qwen_vl_vision": 0, "clip_vision_model": 1, "siglip_vision_model": 0}
-# What some causal language models do to their logits after the head, with the values that mean nothing is done. Our head
-# is a plain matrix, so that it can be tied, resized, quantised and fused into the loss.
+# What some causal language models do to their logits after the head, with the values that mean nothing is done. Our
+# head is a plain matrix, so that it can be tied, resized, quantised and fused into the loss.
 LOGIT_SCALING = {
     "final_logit_softcapping": (None,),
     "logits_soft_cap": (None,),
@@ -106,8 +106,8 @@ class QwenVLTextConfig(Qwen2Config):
         super().__post_init__(**kwargs)
         if self.rope_parameters["rope_type"] != "default":
             raise ValueError(
-                f"text_config: rope_type {self.rope_parameters['rope_type']!r} is not supported by qwen_vl_text, which "
-                "scales RoPE itself (use_dynamic_ntk): take model_type 'qwen2' for another RoPE scaling."
+                f"text_config: rope_type {self.rope_parameters['rope_type']!r} is not supported by qwen_vl_text, "
+                "which scales RoPE itself (use_dynamic_ntk): take model_type 'qwen2' for another RoPE scaling."
             )
 
 
@@ -118,21 +118,22 @@ class QwenVLConfig(PreTrainedConfig):
     Reads its own nested form and the flat `config.json` of the 2023 checkpoints (`model_type` "qwen" with `visual`).
 
     Args:
-        vision_config: our tower ("qwen_vl_vision", the default) or a vision model of transformers (clip_vision_model, ...).
+        vision_config: our tower ("qwen_vl_vision", the default) or one of transformers (clip_vision_model, ...).
         text_config: Qwen-7B ("qwen_vl_text", the default) or any causal language model of transformers.
         adapter_type: "resampler" (learned queries attend to the patches; Qwen-VL), "mlp" (two layers, as LLaVA-1.5)
             or "linear" (one layer); the last two keep one token per patch.
         num_queries: tokens per picture of a resampler, a square number; 256 if not given.
         adapter_num_heads: heads of a resampler; `hidden_size // 128` if not given.
-        adapter_init: how a resampler trained from scratch begins: "original", or "local": each query first looks at its
-            own place (ours, see docs/model.md). Loaded weights are never touched.
+        adapter_init: how a resampler trained from scratch begins: "original", or "local": each query first looks at
+            its own place (ours, see docs/model.md). Loaded weights are never touched.
         vision_feature_layer: hidden state of the tower that the adapter reads, as an index into `hidden_states`; the
             tower's output if None.
         vision_feature_select_strategy: "default": patch tokens only; "full": also the class token.
         image_token_id: id of the placeholder, `num_image_tokens` of them per picture.
         image_start_token_id, image_end_token_id: the ids around the placeholders; the model itself does not need them.
-        run_tower_on_text_only_batches: in training, run a blank picture with weight 0 through tower and adapter where a
-            batch has none, so that under DDP every rank has the same graph (the original always did). Results are equal.
+        run_tower_on_text_only_batches: in training, run a blank picture with weight 0 through tower and adapter where
+            a batch has none, so that under DDP every rank has the same graph (the original always did so). Loss and
+            gradients stay the same.
 
     Raises:
         ValueError: a setting that is unknown, contradicts another one or would have no effect.
@@ -166,7 +167,7 @@ class QwenVLConfig(PreTrainedConfig):
     run_tower_on_text_only_batches: bool = False
     tie_word_embeddings: bool = False
     # Must be a dictionary: transformers and TRL read it without asking whether it is there.
-    auto_map: dict = field(default_factory=dict)
+    auto_map: dict | None = field(default_factory=dict)
 
     def __post_init__(self, **kwargs):
         if "visual" in kwargs or kwargs.get("model_type") == "qwen":
@@ -201,7 +202,7 @@ class QwenVLConfig(PreTrainedConfig):
         for name, neutral in LOGIT_SCALING.items():
             if text.get(name) not in neutral:
                 raise ValueError(
-                    f"text_config of type {kind!r} has {name} = {text[name]}, which changes the logits after the head; "
+                    f"text_config of type {kind!r} has {name} = {text[name]}, which changes logits after the head; "
                     f"the head here is a plain matrix. Only {' or '.join(map(str, neutral))} is possible."
                 )
         if kind in TYPES_WITH_HEAD_BIAS:
@@ -210,17 +211,16 @@ class QwenVLConfig(PreTrainedConfig):
         for name, token_id in ids.items():
             if not 0 <= token_id < self.text_config.vocab_size:
                 raise ValueError(
-                    f"{name} = {token_id} is outside the vocabulary of {self.text_config.vocab_size}: give the id that "
-                    "your tokenizer has for it, or more embeddings (text_config.vocab_size)."
+                    f"{name} = {token_id} is outside the vocabulary of {self.text_config.vocab_size}: give the id "
+                    "that your tokenizer has for it, or more embeddings (text_config.vocab_size)."
                 )
         if len(set(ids.values())) < len(ids):
             raise ValueError(f"The ids of the picture's tokens must differ: {ids}.")
 
     def _check_vision(self) -> None:
         tower = self.vision_config.to_dict()
-        missing = [
-            name for name in ("hidden_size", "image_size", "patch_size") if not isinstance(tower.get(name), int)
-        ]
+        wanted = ("hidden_size", "image_size", "patch_size")
+        missing = [name for name in wanted if not isinstance(tower.get(name), int)]
         if missing:
             raise ValueError(
                 f"vision_config of type {self.vision_config.model_type!r} has no {', '.join(missing)}: it must be a "
@@ -228,8 +228,8 @@ class QwenVLConfig(PreTrainedConfig):
             )
         if self.vision_feature_select_strategy not in ("default", "full"):
             raise ValueError(
-                f"vision_feature_select_strategy {self.vision_feature_select_strategy!r} is unknown: 'default' takes the "
-                "patch tokens, 'full' also the class token."
+                f"vision_feature_select_strategy {self.vision_feature_select_strategy!r} is unknown: 'default' "
+                "takes the patch tokens, 'full' also the class token."
             )
         if self.vision_feature_select_strategy == "full" and self.vision_config.model_type not in NUM_PREFIX_TOKENS:
             raise ValueError(
@@ -244,8 +244,9 @@ class QwenVLConfig(PreTrainedConfig):
             )
 
     def _check_adapter(self) -> None:
-        if self.adapter_type not in ADAPTER_TYPES:
-            raise ValueError(f"adapter_type {self.adapter_type!r} is unknown: one of {', '.join(ADAPTER_TYPES)}.")
+        kind = self.adapter_type
+        if kind not in ADAPTER_TYPES:
+            raise ValueError(f"adapter_type {kind!r} is unknown: one of {', '.join(ADAPTER_TYPES)}.")
         if self.adapter_init not in ADAPTER_INITS:
             raise ValueError(f"adapter_init {self.adapter_init!r} is unknown: one of {', '.join(ADAPTER_INITS)}.")
         if self.adapter_type != "resampler":
@@ -256,9 +257,7 @@ class QwenVLConfig(PreTrainedConfig):
             }
             for name, value in without_effect.items():
                 if value is not None:
-                    raise ValueError(
-                        f"{name} = {value!r} has no effect with adapter_type {self.adapter_type!r}: drop it."
-                    )
+                    raise ValueError(f"{name} = {value!r} has no effect with adapter_type {kind!r}: drop it.")
             return
         if self.vision_feature_select_strategy == "full":
             raise ValueError("A resampler needs each token's place: vision_feature_select_strategy must be 'default'.")
@@ -272,8 +271,8 @@ class QwenVLConfig(PreTrainedConfig):
         if self.adapter_num_heads is None:
             if width % 128:
                 raise ValueError(
-                    f"A resampler has hidden_size // 128 heads, but the language model's hidden_size = {width} is not a "
-                    "multiple of 128: give adapter_num_heads."
+                    f"A resampler has hidden_size // 128 heads, but the language model's hidden_size = {width} is not "
+                    "a multiple of 128: give adapter_num_heads."
                 )
             self.adapter_num_heads = width // 128
         _must_divide("adapter", "hidden_size", width, "adapter_num_heads", self.adapter_num_heads)
@@ -282,7 +281,7 @@ class QwenVLConfig(PreTrainedConfig):
     @property
     def num_image_tokens(self) -> int:
         """Placeholders per picture of `vision_config.image_size`."""
-        if self.adapter_type == "resampler":
+        if self.num_queries is not None:
             return self.num_queries
         num_patches = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
         if self.vision_feature_select_strategy == "full":

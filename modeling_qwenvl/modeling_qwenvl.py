@@ -1,7 +1,7 @@
 """Qwen-VL: a vision tower, an adapter and a language model; pictures take the places of placeholder tokens.
 
-Tensors only: `pixel_values` (num_pictures, 3, H, W), the pictures of all rows one after the other in the order of their
-placeholders, and `input_ids` with `config.num_image_tokens` times `config.image_token_id` per picture.
+Tensors only: `pixel_values` (num_pictures, 3, H, W), the pictures of all rows one after the other in the order of
+their placeholders, and `input_ids` with `config.num_image_tokens` times `config.image_token_id` per picture.
 """
 
 from contextlib import nullcontext
@@ -99,7 +99,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
     def get_image_features(self, pixel_values: torch.Tensor | None, **kwargs) -> BaseModelOutputWithPooling:
         """Encode pictures.
 
-        A tower without trainable parameters runs without a graph, also where gradient checkpointing has hooked its input.
+        A tower without trainable parameters runs without a graph, also where gradient checkpointing hooked its input.
 
         Args:
             pixel_values: (num_pictures, 3, H, W), normalised as the image processor does; None is no picture.
@@ -131,8 +131,8 @@ class QwenVLModel(QwenVLPreTrainedModel):
             num_patches = grid[0] * grid[1]
             if hidden_BNC.shape[1] < num_patches:
                 raise ValueError(
-                    f"The tower gives {hidden_BNC.shape[1]} tokens for a picture of {num_patches} patches; it must give "
-                    "one per patch (after any class tokens)."
+                    f"The tower gives {hidden_BNC.shape[1]} tokens for a picture of {num_patches} patches; it must "
+                    "give one per patch (after any class tokens)."
                 )
             hidden_BNC = hidden_BNC[:, -num_patches:]
         return hidden_BNC, grid
@@ -186,7 +186,8 @@ class QwenVLModel(QwenVLPreTrainedModel):
 
         Args:
             input_ids: (B, T), with `num_image_tokens` placeholders per picture; or `inputs_embeds` (B, T, E).
-            pixel_values: (num_pictures, 3, H, W); or what `get_image_features` gave, as `mm_encoder_outputs={"image": ...}`.
+            pixel_values: (num_pictures, 3, H, W); or what `get_image_features` gave, as
+                `mm_encoder_outputs={"image": ...}`.
             use_cache: in training no cache is made unless this is True (a cache would also drop a packed mask).
             mm_token_type_ids: accepted because processors return it; not used, the placeholders say the same.
 
@@ -271,13 +272,14 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
     ) -> Self:
         """Join a pretrained vision tower and a pretrained language model by a fresh adapter.
 
-        The tokenizer learns `<img>`, `</img>` and `<imgpad>` (and `extra_tokens`) in place, and the embeddings and the
-        head get rows for them. Without a tokenizer, the one beside `text` says which ids they have; add the same tokens
-        to it with `add_image_tokens`. Where `text` is a model and no tokenizer is given, they follow its last embedding.
+        The tokenizer learns `<img>`, `</img>` and `<imgpad>` (and `extra_tokens`) in place, and the embeddings and
+        the head get rows for them. Without a tokenizer, the one beside `text` says which ids they have; add the same
+        tokens to it with `add_image_tokens`. Where `text` is a model and no tokenizer is given, they follow its last
+        embedding.
 
         Args:
-            vision: folder or Hub id, or model: CLIP, SigLIP or another tower of transformers, `QwenVLVisionModel`, or a
-                whole Qwen-VL, whose tower is taken. Models are taken over, not copied.
+            vision: folder or Hub id, or model: CLIP, SigLIP or another tower of transformers, `QwenVLVisionModel`, or
+                a whole Qwen-VL, whose tower is taken. Models are taken over, not copied.
             text: folder or Hub id, or model, of a causal language model.
             adapter: "resampler", "mlp" or "linear".
             dtype: of what is loaded from folders, and of the adapter where `text` is one.
@@ -324,12 +326,12 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         mm_token_type_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> QwenVLCausalLMOutputWithPast:
-        """Logits (B, T, vocabulary) and, with `labels`, the loss. The other arguments are those of `QwenVLModel.forward`.
+        """Logits (B, T, vocabulary) and, with `labels`, the loss; further arguments as in `QwenVLModel.forward`.
 
         Args:
             labels: (B, T), -100 where a token is no target; not shifted, the model shifts.
-            logits_to_keep: compute only the last so many logits, or those at the given places; with `shift_labels` of the
-                same places instead of `labels`' own shift, the head runs on supervised tokens only.
+            logits_to_keep: compute only the last so many logits, or those at the given places; with `shift_labels` for
+                the same places, which replaces the model's own shift, the head runs on supervised tokens only.
         """
         outputs = self.model(
             input_ids=input_ids,

@@ -52,7 +52,9 @@ RENAMED = [
     (r"^transformer\.visual\.attn_pool\.ln_q\.", "model.adapter.ln_q."),
     (r"^transformer\.visual\.attn_pool\.ln_kv\.", "model.adapter.ln_kv."),
     (r"^transformer\.visual\.attn_pool\.attn\.out_proj\.", "model.adapter.out_proj."),
+    (r"^transformer\.visual\.attn_pool\.attn\.in_proj_", "model.adapter.in_proj_"),
     (r"^transformer\.visual\.ln_post\.", "model.adapter.ln_post."),
+    (r"^transformer\.visual\.proj", "model.adapter.transposed_proj"),
 ]
 
 
@@ -92,9 +94,9 @@ def transforms() -> list[WeightTransform]:
         qkv = [f".self_attn.{name}_proj.{kind}" for name in "qkv"]
         table.append(WeightConverter(rf"\.self_attn\.c_attn\.{kind}", qkv, [Chunk(dim=0)]))
         table.append(WeightConverter(rf"\.attn\.interleaved_qkv\.{kind}", f".attn.qkv.{kind}", [SplitHeads()]))
-        qkv = [f"model.adapter.{name}_proj.{kind}" for name in "qkv"]
-        table.append(WeightConverter(rf"^transformer\.visual\.attn_pool\.attn\.in_proj_{kind}", qkv, [Chunk(dim=0)]))
-    table.append(WeightConverter(r"^transformer\.visual\.proj", "model.adapter.proj.weight", [Transpose(0, 1)]))
+        qkv = [f"adapter.{name}_proj.{kind}" for name in "qkv"]
+        table.append(WeightConverter(rf"adapter\.in_proj_{kind}", qkv, [Chunk(dim=0)]))
+    table.append(WeightConverter(r"adapter\.transposed_proj", "adapter.proj.weight", [Transpose(0, 1)]))
     return table
 
 
@@ -110,9 +112,12 @@ def to_original_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         ValueError: the model is quantised, or has parts that the original format cannot name.
     """
     original_config(model.config)
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError("The original format has no 4-bit weights: load the model without quantization_config.")
-    return _reverted(model, model.state_dict())
+    state_dict = model.state_dict()
+    if "lm_head.weight" not in state_dict:
+        raise ValueError(f"{type(model).__name__} has no head: the original format needs the whole model.")
+    if any(not tensor.is_floating_point() for tensor in state_dict.values()):
+        raise ValueError("The original format has no quantised weights: load the model without quantization_config.")
+    return _reverted(model, state_dict)
 
 
 def _reverted(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

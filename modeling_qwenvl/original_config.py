@@ -48,14 +48,15 @@ def native_config(original: dict[str, Any]) -> dict[str, Any]:
         ValueError: a text-only Qwen config, or a setting that the native model does not have.
 
     Example:
-        >>> native_config({"model_type": "qwen", "visual": {"width": 1664, "layers": 48, "heads": 16,
-        ...     "mlp_ratio": 4.9231, "output_dim": 4096, "image_start_id": 151857}})["vision_config"]["intermediate_size"]
-        8192
+        >>> visual = {"width": 1664, "layers": 48, "heads": 16, "mlp_ratio": 4.9231, "output_dim": 4096}
+        >>> native = native_config({"model_type": "qwen", "visual": visual | {"image_start_id": 151857}})
+        >>> native["vision_config"]["intermediate_size"], native["image_token_id"]
+        (8192, 151859)
     """
     if "visual" not in original:
         raise ValueError(
-            "This config has model_type 'qwen' but no 'visual' dictionary: it is a text-only Qwen (Qwen-7B, 14B, ...), "
-            "which has no vision tower. Qwen-VL and Qwen-VL-Chat have the dictionary; for text alone take a Qwen2 model."
+            "This config has model_type 'qwen' but no 'visual' dictionary: it is a text-only Qwen (Qwen-7B or -14B), "
+            "which has no vision tower. Qwen-VL and Qwen-VL-Chat have it; for text alone take a Qwen2 model."
         )
     flat = ORIGINAL_DEFAULTS | original
     visual = VISUAL_DEFAULTS | flat.pop("visual")
@@ -66,7 +67,7 @@ def native_config(original: dict[str, Any]) -> dict[str, Any]:
     if head_width != flat["hidden_size"]:
         raise ValueError(
             f"Original config: kv_channels x num_attention_heads = {head_width} differs from "
-            f"hidden_size = {flat['hidden_size']}; the original code splits its keys by hidden_size, so they must agree."
+            f"hidden_size = {flat['hidden_size']}; the original splits its keys by hidden_size, so they must agree."
         )
     if visual["output_dim"] != flat["hidden_size"]:
         raise ValueError(

@@ -22,11 +22,11 @@ def parameter_table(model: PreTrainedModel) -> str:
     Example:
         >>> with torch.device("meta"):
         ...     print(parameter_table(QwenVLForConditionalGeneration(QwenVLConfig())))
-        part                parameters         trainable
-        vision tower     1,842,770,688     1,842,770,688
-        adapter             92,839,936        91,791,360
-        language model   7,721,324,544     7,721,324,544
-        total            9,656,935,168     9,655,886,592
+        part                  parameters         trainable
+        vision tower       1,842,770,688     1,842,770,688
+        adapter               92,839,936        91,791,360
+        language model     7,721,324,544     7,721,324,544
+        total              9,656,935,168     9,655,886,592
     """
     lines = [f"{'part':14}  {'parameters':>16}  {'trainable':>16}"]
     lines += [f"{part:14}  {n:16,}  {trainable:16,}" for part, (n, trainable) in parameter_counts(model).items()]

@@ -1,4 +1,4 @@
-"""Position tables of a square grid: the fixed sines and cosines of the resampler, and resizing a table to another grid.
+"""Position tables of a square grid: the resampler's fixed sines and cosines, and resizing a table to another grid.
 
 Legend: G side of the table's grid, E width.
 """
@@ -24,8 +24,8 @@ def sincos_frequencies(width: int) -> torch.Tensor:
 def sincos_table(grid_size: int, width: int) -> torch.Tensor:
     """The 2-D table of the Qwen-VL resampler: (grid_size**2, width) float32, cells in row-major order.
 
-    The first half of the channels encodes the column, the second half the row; each half is all sines, then all cosines
-    (Qwen-VL paper, section 2.1; the layout is that of MAE's 2-D table, where the column also comes first).
+    The first half of the channels encodes the column, the second half the row; each half is all sines, then all
+    cosines (Qwen-VL paper, section 2.1; the layout is that of MAE's 2-D table, where the column also comes first).
 
     Example:
         >>> sincos_table(2, 4)[1].tolist()  # column 1, row 0: sin 1, cos 1, sin 0, cos 0

@@ -1,7 +1,7 @@
 """Qwen-7B as transformers' Qwen2 plus what it does, in evaluation, on rows longer than its training length.
 
-Dynamic NTK raises the RoPE base for the whole row; log-n attention scales queries far down the row. Both read the length
-of the row as it stands in the batch, padding included, as the original does; rotations themselves are relative.
+Dynamic NTK raises the RoPE base for the whole row; log-n attention scales queries far down the row. Both read the
+length of the row as it stands in the batch, padding included, as the original does; rotations themselves are relative.
 
 Legend: B rows, T tokens, K heads, D width of a head.
 """
@@ -26,7 +26,7 @@ from .configuration_qwenvl import QwenVLTextConfig
 
 
 def ntk_alpha(length: int, seq_length: int) -> float:
-    """By how much dynamic NTK stretches a row of `length` tokens: 1 up to the training length `seq_length`, then 3, 7, 15.
+    """How much dynamic NTK stretches a row of `length` tokens: 1 up to the training length `seq_length`, then 3, 7.
 
     Example:
         >>> [ntk_alpha(length, 2048) for length in (2048, 2049, 4096, 4097, 8192)]
@@ -36,7 +36,7 @@ def ntk_alpha(length: int, seq_length: int) -> float:
 
 
 def logn_scale(first: int, count: int, seq_length: int, device: torch.device | None = None) -> torch.Tensor:
-    """Query scales (count,) float32 of the positions `first`, `first + 1`, ... (0-based): max(1, ln(p + 1) / ln(seq_length)).
+    """Query scales (count,) float32 of positions p = `first`, `first + 1`, ...: max(1, ln(p + 1) / ln(seq_length)).
 
     Example:
         >>> logn_scale(3, 2, seq_length=2).tolist()  # ln 4 / ln 2 and ln 5 / ln 2
@@ -114,8 +114,8 @@ class QwenVLTextModel(Qwen2Model):
     """The decoder of Qwen-7B, without head.
 
     In evaluation a row longer than `seq_length` is stretched by dynamic NTK. The stretch is fixed by the forward that
-    starts a cache and stays with that cache, whose keys are already rotated. In training there is neither NTK nor log-n,
-    whatever ran before (the original leaked the last evaluation's stretch into training).
+    starts a cache and stays with that cache, whose keys are already rotated. In training there is neither NTK nor
+    log-n, whatever ran before (the original leaked the last evaluation's stretch into training).
     """
 
     config: QwenVLTextConfig
@@ -167,12 +167,13 @@ class QwenVLTextModel(Qwen2Model):
                 # It belongs to the keys, so it travels with them through beam search, copies and interleaved calls.
                 cache.qwenvl_ntk_alpha = alpha
             return alpha
+        assert cache is not None  # it holds tokens
         if "qwenvl_ntk_alpha" in vars(cache):
             return cache.qwenvl_ntk_alpha
         if first > self.config.seq_length:
             raise ValueError(
-                f"The cache holds {first} tokens, more than seq_length = {self.config.seq_length}, and was not started by "
-                "this model, so the RoPE base of its keys is unknown: fill the cache with this model."
+                f"The cache holds {first} tokens, more than seq_length = {self.config.seq_length}, and was not "
+                "started by this model, so the RoPE base of its keys is unknown: fill the cache with this model."
             )
         return 1.0
 

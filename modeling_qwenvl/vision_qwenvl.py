@@ -1,6 +1,7 @@
 """The vision tower of Qwen-VL: pixels (B, 3, H, W) to one vector per patch (B, N, C), patches in row-major order.
 
-OpenCLIP ViT-bigG (Qwen-VL paper, section 2.1): pre-norm blocks, exact GELU, full attention, no class token, no final norm.
+OpenCLIP ViT-bigG (Qwen-VL paper, section 2.1): pre-norm blocks, exact GELU, full attention; neither class token nor
+final norm.
 
 Legend: B pictures, N patches (a grid of `rows` x `columns`), C width, K heads, D width of a head.
 """
@@ -91,11 +92,11 @@ class QwenVLVisionLayer(GradientCheckpointingLayer):
 
 
 class QwenVLVisionModel(PreTrainedModel):
-    """The tower. Takes any picture size that is a multiple of the patch size; the position table is resized to its grid.
+    """The tower. Any picture size that is a multiple of the patch size will do; the position table is resized to it.
 
     Example:
-        >>> config = QwenVLVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
-        >>> QwenVLVisionModel(config)(torch.zeros(1, 3, 28, 42)).last_hidden_state.shape
+        >>> tower = QwenVLVisionModel(QwenVLVisionConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+        >>> tower(torch.zeros(1, 3, 28, 42)).last_hidden_state.shape
         torch.Size([1, 6, 32])
     """
 

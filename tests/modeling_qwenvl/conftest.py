@@ -1,4 +1,4 @@
-"""The original model with weights that a formula gives: its checkpoint folder, its pictures and what its code answered."""
+"""The original model on weights that a formula gives, with its pictures and answers; and tiny native models."""
 
 import json
 from dataclasses import dataclass
@@ -114,6 +114,11 @@ class Recording:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         images = pixels(FIXTURES / "images", self.data.get(f"{case}/image_files"), visual["image_size"])
         return inputs if images is None else inputs | {"pixel_values": images}
+
+
+@pytest.fixture(scope="session", name="shapes_of_original")
+def shapes_of_original_fixture():
+    return shapes_of_original
 
 
 @pytest.fixture(scope="session")
