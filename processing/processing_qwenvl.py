@@ -5,34 +5,32 @@ times; the model overwrites the embeddings of these tokens with the picture's ve
 """
 
 import re
-from collections.abc import Collection, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig, ProcessorMixin
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.processing_utils import MultiModalData
-from transformers.utils.chat_template_utils import mark_control_tokens
 
+from .chat_templates import CHATML_TEMPLATE, PLAIN_TEMPLATE
+from .coordinates import CONVENTIONS
+from .grounding_mixin import GroundingMixin, mark_texts
 from .image_processing_pil_qwenvl import QwenVLImageProcessorPil
 from .image_processing_qwenvl import QwenVLImageProcessor
 from .special_tokens import IMAGE_SLOT, IMAGE_SPECIAL_TOKENS, IMG_END, IMG_START, IMGPAD
 from .tokenization_qwenvl import PIECE_BREAK, QWenTokenizer
 
 IMAGE_PROCESSORS: dict[str, Any] = {"pil": QwenVLImageProcessorPil, "torchvision": QwenVLImageProcessor}
-TEMPLATES = {"default": "chat_template.jinja", "plain": "plain_template.jinja"}
 
 _SLOT_PIECES = re.compile("|".join(map(re.escape, (IMAGE_SLOT, IMG_START, IMG_END, IMGPAD))))
 
 
-class QwenVLProcessor(ProcessorMixin):
+class QwenVLProcessor(GroundingMixin, ProcessorMixin):
     """Image processor, tokenizer and chat templates of Qwen-VL in one.
 
     Args:
         num_image_tokens: visual tokens of one picture; must be the model's number of queries.
-        chat_template: a template or templates by name. By default there are two: "default" is ChatML with pictures
-            numbered `Picture k: `, as in Qwen-VL-Chat; "plain" is the text alone, ended by `<|endoftext|>`, as in the
-            training stages 1 and 2.
+        chat_template: by default `CHATML_TEMPLATE`. The name "plain" in `apply_chat_template` is `PLAIN_TEMPLATE`.
 
     Raises:
         ValueError: the tokenizer lacks `<img>`, `</img>` or `<imgpad>`.
@@ -47,6 +45,8 @@ class QwenVLProcessor(ProcessorMixin):
         >>> processor.post_process_image_text_to_text(output_ids)
         ['<ref>the dog</ref><box>(221,423),(569,886)</box>']
     """
+
+    convention = CONVENTIONS["qwenvl"]
 
     def __init__(
         self,
@@ -63,10 +63,7 @@ class QwenVLProcessor(ProcessorMixin):
             )
         if num_image_tokens < 1:
             raise ValueError(f"num_image_tokens is {num_image_tokens}, a picture needs at least 1")
-        if chat_template is None:
-            folder = Path(__file__).parent
-            chat_template = {name: (folder / file).read_text(encoding="utf-8") for name, file in TEMPLATES.items()}
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHATML_TEMPLATE)
         self.num_image_tokens = num_image_tokens
         self.image_token = IMGPAD
         self.image_token_id = vocabulary[IMGPAD]
@@ -126,8 +123,10 @@ class QwenVLProcessor(ProcessorMixin):
         the tokenizer's `padding_side`, which is right. `processor_kwargs={"padding_side": ...}` overrules both.
 
         Args:
-            chat_template: "default", "plain", or a template.
+            chat_template: None for the processor's own, "plain" for `PLAIN_TEMPLATE`, or a template.
         """
+        if not conversation:
+            raise ValueError("The conversation is empty: it needs at least one message")
         if sanitize_control_tokens and not tokenize:
             raise ValueError(
                 "sanitize_control_tokens needs tokenize=True: in a rendered text, text and tokens look alike"
@@ -136,8 +135,11 @@ class QwenVLProcessor(ProcessorMixin):
         if add_generation_prompt or continue_final_message:
             processor_kwargs.setdefault("padding_side", "left")
         if tokenize and isinstance(self.tokenizer, QWenTokenizer):
-            read_as_tokens = () if sanitize_control_tokens else IMAGE_SPECIAL_TOKENS
-            conversation = self._mark_texts(conversation, read_as_tokens)
+            special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+            as_text = special if sanitize_control_tokens else special.difference(IMAGE_SPECIAL_TOKENS)
+            is_batch = isinstance(conversation[0], list | tuple)
+            marked = [mark_texts(messages, as_text) for messages in (conversation if is_batch else [conversation])]
+            conversation = marked if is_batch else marked[0]
             processor_kwargs["sanitize_control_tokens"] = True  # says that there are marks in the text
             if "piece_break" in self._resolve_chat_template(chat_template):
                 kwargs["piece_break"] = PIECE_BREAK
@@ -153,24 +155,18 @@ class QwenVLProcessor(ProcessorMixin):
             **kwargs,
         )
 
-    def _mark_texts(self, conversation: list, read_as_tokens: Collection[str]) -> list:
-        """The conversation(s) with every other special token in a text, label or phrase marked as text."""
-        as_text = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
-        as_text = sorted(set(as_text) - set(read_as_tokens), key=len, reverse=True)
-        pattern = re.compile("|".join(map(re.escape, as_text)))
+    def _resolve_chat_template(self, chat_template: str | None) -> str:
+        """Adds to the base class: the name "plain"; what is neither a name nor a template is refused."""
+        if chat_template == "plain":
+            return PLAIN_TEMPLATE
+        template = super()._resolve_chat_template(chat_template)
+        if "{" not in template:
+            raise ValueError(f"chat_template is {template!r}: that is neither 'plain' nor a Jinja template")
+        return template
 
-        def mark(node: Any) -> Any:
-            if isinstance(node, (list, tuple)):
-                return [mark(item) for item in node]
-            if isinstance(node, dict):
-                is_text = ("text", "label", "content")
-                return {
-                    k: mark_control_tokens(v, pattern) if k in is_text and isinstance(v, str) else v
-                    for k, v in node.items()
-                }
-            return node
-
-        return mark(conversation)
+    def model_size(self, height: int, width: int) -> tuple[int, int]:
+        """Every picture is resized to one size, whatever its own (height, width)."""
+        return self.image_processor.size["height"], self.image_processor.size["width"]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """What one `<imgpad>` of a text becomes; `<img>` and `</img>` already stand around it."""

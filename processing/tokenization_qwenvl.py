@@ -250,7 +250,7 @@ def train_qwenvl_tokenizer(texts: Iterable[str], vocab_size: int) -> QWenTokeniz
 
 
 def add_qwenvl_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Appends those of Qwen-VL's special tokens that `tokenizer`, of another model, lacks; without the 205 reserved ones.
+    """Appends to another model's tokenizer those of Qwen-VL's special tokens that it lacks, but the 205 reserved ones.
 
     Returns:
         how many were added: the model's embeddings need as many new rows (`resize_token_embeddings`).

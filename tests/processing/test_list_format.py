@@ -29,7 +29,8 @@ def test_pieces_and_boxes_equal_the_original_and_are_refused_where_it_refuses(to
 def test_pictures_are_numbered_from_one_and_boxes_lose_their_decimals():
     elements = [{"image": "a"}, {"text": "x "}, {"image": "b"}, {"box": [[1.9, 2, 3, 4], [5, 6, 7, 8]], "ref": "dog"}]
     assert from_list_format(elements) == (
-        "Picture 1: <img>a</img>\nx Picture 2: <img>b</img>\n<ref>dog</ref><box>(1,2),(3,4)</box><box>(5,6),(7,8)</box>"
+        "Picture 1: <img>a</img>\nx Picture 2: <img>b</img>\n"
+        "<ref>dog</ref><box>(1,2),(3,4)</box><box>(5,6),(7,8)</box>"
     )
 
 
