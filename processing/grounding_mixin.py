@@ -122,7 +122,7 @@ class GroundingMixin:
             if part is not None and part.get("type") in SHAPES:
                 check_part(part, place, num_before, len(frames))
                 try:
-                    waiting += _shapes_in_pixels(part, frames, num_before, outside, counts)
+                    waiting += shapes_in_pixels(part, frames, num_before, outside, counts)
                 except ValueError as error:
                     raise ValueError(f"{place}: {error}") from error
                 continue
@@ -255,7 +255,7 @@ def mark_texts(messages: Sequence[Message], tokens: Collection[str]) -> list[Mes
     return marked
 
 
-def _shapes_in_pixels(
+def shapes_in_pixels(
     part: Part, frames: Sequence[Frame], num_before: int, outside: Outside, counts: Counter[str] | None
 ) -> list[Shape]:
     """The shapes of a checked part, within their picture."""
