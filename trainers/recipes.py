@@ -12,6 +12,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from trainers.contradictions import contradictions
+
 Stage = Literal["pretrain", "multitask", "sft"]
 Training = Literal["frozen", "full", "lora"]
 Positive = Annotated[float, Gt(0)]
@@ -41,16 +43,35 @@ class ModelSection:
 
 
 @dataclass(frozen=True, config=CHECKED)
-class PartSection:
-    """How one part of the model learns: not at all, all its weights, or through LoRA.
+class TowerSection:
+    """How the tower learns: not at all, all its weights, or through LoRA.
 
-    `learning_rate`: None means the optimiser's. `layer_decay` (tower only): each block learns this many times as fast
-    as the next one; 1.0 is off. `checkpointing`: activations are recomputed in the backward pass instead of kept.
+    `learning_rate`: None means the optimiser's. `layer_decay`: each block learns this many times as fast as the next
+    one; 1.0 is off. `last_blocks`: only so many of the last blocks learn; None means all. `checkpointing`: activations
+    are recomputed in the backward pass instead of kept.
     """
 
     train: Training = "frozen"
     learning_rate: Positive | None = None
     layer_decay: Annotated[float, Gt(0), Le(1)] = 1.0
+    last_blocks: Count | None = None
+    checkpointing: bool = False
+
+
+@dataclass(frozen=True, config=CHECKED)
+class AdapterSection:
+    """How the adapter learns; fields as the tower's."""
+
+    train: Training = "frozen"
+    learning_rate: Positive | None = None
+
+
+@dataclass(frozen=True, config=CHECKED)
+class LanguageModelSection:
+    """How the language model learns, at the optimiser's learning rate. A frozen one may be checkpointed as well: what
+    learns before it needs gradients through it."""
+
+    train: Training = "frozen"
     checkpointing: bool = False
 
 
@@ -64,12 +85,16 @@ class EmbeddingsSection:
 
 @dataclass(frozen=True, config=CHECKED)
 class PartsSection:
-    """The model's parts, as trainers/families.py finds them."""
+    """The model's parts, as trainers/families.py finds them.
 
-    tower: PartSection = field(default_factory=PartSection)
-    adapter: PartSection = field(default_factory=PartSection)
-    language_model: PartSection = field(default_factory=PartSection)
+    `frozen_patterns`: regular expressions; parameters of trained parts whose names they find stay as they are.
+    """
+
+    tower: TowerSection = field(default_factory=TowerSection)
+    adapter: AdapterSection = field(default_factory=AdapterSection)
+    language_model: LanguageModelSection = field(default_factory=LanguageModelSection)
     embeddings: EmbeddingsSection = field(default_factory=EmbeddingsSection)
+    frozen_patterns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -114,9 +139,11 @@ class OptimizerSection:
 
 @dataclass(frozen=True, config=CHECKED)
 class DataFile:
-    """One file of rows. `weight`: how often its rows are drawn, relative to the other files'."""
+    """One file of rows. `format`: a name of processing/row_formats.py; None means that each row is told by its keys.
+    `weight`: how often its rows are drawn, relative to the other files'."""
 
     path: str
+    format: str | None = None
     weight: Positive = 1.0
 
 
@@ -124,14 +151,16 @@ class DataFile:
 class DataSection:
     """Rows and what becomes of them.
 
-    `max_length`: tokens of a row, pictures' included. `picture_side`: pixels; the native model sees a square of this
-    side, the later families at most this side squared in area. `pictures_per_row` is only what the memory estimate
-    assumes. `packing`: several rows of one task in one sequence of `max_length`.
+    `max_length`: tokens of a row, pictures' included. `too_long`: what is done with rows that stay longer after their
+    pictures were made smaller and their last turns left out. `picture_side`: pixels; the native model sees a square of
+    this side, the later families at most this side squared in area. `pictures_per_row` is only what the memory
+    estimate assumes. `packing`: several rows of one task in one sequence of `max_length`.
     """
 
     train: tuple[DataFile, ...] = ()
     validation: tuple[DataFile, ...] = ()
     max_length: Count = 2048
+    too_long: Literal["raise", "drop"] = "raise"
     picture_side: Count = 448
     pictures_per_row: Count = 1
     packing: bool = False
@@ -191,145 +220,29 @@ class Recipe:
     run: RunSection = field(default_factory=RunSection)
 
     def __post_init__(self) -> None:
-        contradictions = [text for text, holds in self._contradictions() if holds]
-        if contradictions:
-            raise ValueError("; ".join(contradictions))
+        if found := contradictions(self):
+            raise ValueError("; ".join(found))
 
     @property
-    def named_parts(self) -> dict[str, PartSection]:
-        """The parts that are stacks of layers, by name."""
+    def training(self) -> dict[str, str]:
+        """How each part learns, by its name in trainers/families.py."""
+        parts = self.parts
         return {
-            "tower": self.parts.tower,
-            "adapter": self.parts.adapter,
-            "language_model": self.parts.language_model,
+            "tower": parts.tower.train,
+            "adapter": parts.adapter.train,
+            "language_model": parts.language_model.train,
+            "embeddings": parts.embeddings.train,
         }
 
     @property
+    def trained_parts(self) -> tuple[str, ...]:
+        return tuple(part for part, how in self.training.items() if how != "frozen")
+
+    @property
     def lora_parts(self) -> tuple[str, ...]:
-        return tuple(name for name, part in self.named_parts.items() if part.train == "lora")
+        return tuple(part for part, how in self.training.items() if how == "lora")
 
     @property
     def accumulation_steps(self) -> int:
         """Micro-batches per optimiser step on each device."""
         return self.optimizer.global_batch_size // (self.hardware.devices * self.hardware.per_device_batch_size)
-
-    def _contradictions(self) -> list[tuple[str, bool]]:
-        parts, optimizer, hardware = self.parts, self.optimizer, self.hardware
-        at_once = hardware.devices * hardware.per_device_batch_size
-        quantized = self.model.quantization == "nf4"
-        all_rates = [part.learning_rate for part in self.named_parts.values()] + [parts.embeddings.learning_rate]
-        return [
-            (
-                "nothing learns: every part is frozen; set train of a part to full or lora",
-                all(part.train == "frozen" for part in self.named_parts.values())
-                and parts.embeddings.train == "frozen",
-            ),
-            (
-                "4-bit weights cannot learn (model.quantization is nf4 and parts.language_model.train is full): "
-                "train it with lora, or set model.quantization to none",
-                quantized and parts.language_model.train == "full",
-            ),
-            (
-                "4-bit weights are only trained beside LoRA: set parts.language_model.train to lora, or "
-                "model.quantization to none",
-                quantized and not self.lora_parts,
-            ),
-            (
-                f"parts {', '.join(self.lora_parts)} train through LoRA, but lora is null: give its rank and alpha",
-                bool(self.lora_parts) and self.lora is None,
-            ),
-            (
-                "lora is given, but no part says train: lora; set one to lora, or set lora to null",
-                not self.lora_parts and self.lora is not None,
-            ),
-            (
-                "the tower cannot be trained whole next to LoRA: set parts.tower.train to lora or frozen",
-                bool(self.lora_parts) and parts.tower.train == "full",
-            ),
-            (
-                "the language model cannot be trained whole next to LoRA: train it with lora, or no part",
-                bool(self.lora_parts) and parts.language_model.train == "full",
-            ),
-            *(
-                (
-                    f"parts.{name} is frozen, but has a learning_rate or a layer_decay: train it, or set them to null "
-                    "and 1.0",
-                    part.train == "frozen" and (part.learning_rate is not None or part.layer_decay != 1.0),
-                )
-                for name, part in self.named_parts.items()
-            ),
-            (
-                "parts.embeddings is frozen, but has a learning_rate of its own: train it, or drop the rate",
-                parts.embeddings.train == "frozen" and parts.embeddings.learning_rate is not None,
-            ),
-            (
-                "layer_decay is for the tower only: set it to 1.0 for the adapter and the language model",
-                parts.adapter.layer_decay != 1.0 or parts.language_model.layer_decay != 1.0,
-            ),
-            (
-                "the adapter has too few layers to recompute: set parts.adapter.checkpointing to false",
-                parts.adapter.checkpointing,
-            ),
-            (
-                "a frozen tower keeps nothing to recompute: set parts.tower.checkpointing to false",
-                parts.tower.train == "frozen" and parts.tower.checkpointing,
-            ),
-            (
-                "parts.embeddings.train is new_tokens, but model.new_tokens is empty: name the tokens",
-                parts.embeddings.train == "new_tokens" and not self.model.new_tokens,
-            ),
-            (
-                "model.new_tokens would stay at their random start: set parts.embeddings.train to new_tokens or full",
-                bool(self.model.new_tokens) and parts.embeddings.train == "frozen",
-            ),
-            (
-                f"optimizer.min_learning_rate {optimizer.min_learning_rate} is above the learning_rate "
-                f"{optimizer.learning_rate}",
-                optimizer.min_learning_rate > optimizer.learning_rate,
-            ),
-            (
-                f"optimizer.min_learning_rate belongs to the cosine, but the schedule is {optimizer.schedule}: "
-                "set it to 0.0",
-                optimizer.min_learning_rate > 0 and optimizer.schedule != "cosine",
-            ),
-            (
-                f"give one of optimizer.max_steps ({optimizer.max_steps}) and optimizer.epochs ({optimizer.epochs}), "
-                "and set the other to null",
-                (optimizer.max_steps is None) == (optimizer.epochs is None),
-            ),
-            (
-                f"optimizer.warmup_steps {optimizer.warmup_steps} is neither a whole number nor a share below 1",
-                optimizer.warmup_steps >= 1 and optimizer.warmup_steps != int(optimizer.warmup_steps),
-            ),
-            (
-                f"optimizer.warmup_steps {optimizer.warmup_steps:g} leaves nothing of max_steps {optimizer.max_steps}",
-                optimizer.max_steps is not None and optimizer.warmup_steps >= optimizer.max_steps,
-            ),
-            (
-                f"optimizer.global_batch_size {optimizer.global_batch_size} is not a multiple of "
-                f"{hardware.devices} device(s) x hardware.per_device_batch_size {hardware.per_device_batch_size}",
-                optimizer.global_batch_size % at_once != 0,
-            ),
-            (
-                f"hardware.precision float32 multiplies no mixed weights, but model.dtype is {self.model.dtype} and "
-                f"model.trained_dtype {self.model.trained_dtype}: make them equal, or set precision to bfloat16",
-                hardware.precision == "float32" and self.model.dtype != self.model.trained_dtype,
-            ),
-            (
-                "sharding over one device is nothing: set hardware.sharding to none, or hardware.devices above 1",
-                hardware.sharding == "full" and hardware.devices == 1,
-            ),
-            (
-                "4-bit weights are not sharded here: set hardware.sharding to none",
-                hardware.sharding == "full" and quantized,
-            ),
-            (
-                f"a part's learning_rate is below optimizer.min_learning_rate {optimizer.min_learning_rate} "
-                "before the cosine began",
-                any(rate is not None and rate < optimizer.min_learning_rate for rate in all_rates),
-            ),
-            (
-                "run.evaluate_every is set, but data.validation is empty: name a file of held-out rows",
-                self.run.evaluate_every is not None and not self.data.validation,
-            ),
-        ]

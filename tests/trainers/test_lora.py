@@ -22,14 +22,16 @@ from trainers.lora import (
 )
 from trainers.loss import supervised_loss
 from trainers.recipes import (
+    AdapterSection,
     EmbeddingsSection,
     HardwareSection,
+    LanguageModelSection,
     LoraSection,
     ModelSection,
     OptimizerSection,
-    PartSection,
     PartsSection,
     Recipe,
+    TowerSection,
 )
 
 NEW_TOKENS = (83, 89)
@@ -41,9 +43,9 @@ def lora_recipe(tower="frozen", adapter="frozen", embeddings="frozen", dtype="fl
         stage="sft",
         model=ModelSection(dtype=dtype, new_tokens=("<a>", "<b>") if embeddings == "new_tokens" else ()),
         parts=PartsSection(
-            tower=PartSection(train=tower),
-            adapter=PartSection(train=adapter),
-            language_model=PartSection(train="lora"),
+            tower=TowerSection(train=tower),
+            adapter=AdapterSection(train=adapter),
+            language_model=LanguageModelSection(train="lora"),
             embeddings=EmbeddingsSection(train=embeddings),
         ),
         lora=LoraSection(rank=3, alpha=7.0, **{"dropout": 0.0, **lora}),

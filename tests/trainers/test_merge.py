@@ -104,7 +104,7 @@ def test_every_tensor_has_one_fate_and_untrained_ones_are_bit_identical(tmp_path
     assert report.fate.keys() == before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name, kind in report.fate.items() if kind != "copied"}
-    # LoRA in 2 decoder layers of 7 and 3 tower blocks of 5 linear layers; the merger's norm and two layers with biases;
+    # LoRA in 2 decoder layers of 7 and 3 tower blocks of 5 linear layers; the merger's norm and two layers with bias;
     # embedding and head.
     assert str(report) == "69 tensors: 33 copied, 29 merged, 5 replaced, 2 rows"
     embedding = "model.language_model.embed_tokens.weight"

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from trainers.recipe_reading import dump_recipe, load_recipe, recipe_names
-from trainers.recipes import OptimizerSection, PartSection, PartsSection, Recipe
+from trainers.recipes import OptimizerSection, PartsSection, Recipe, TowerSection
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_the_paper_s_recipes_have_the_numbers_of_its_table_8(
     assert (optimizer.weight_decay, optimizer.max_grad_norm) == (0.05, 1.0)
     assert (recipe.data.picture_side, recipe.data.max_length) == (side, length)
     assert recipe.parts.tower.layer_decay == decay
-    assert {part for part, section in recipe.named_parts.items() if section.train == "full"} == trained
+    assert set(recipe.trained_parts) - {"embeddings"} == trained
     assert recipe.hardware.precision == "bfloat16"
     assert recipe.lora is None
 
@@ -82,6 +82,10 @@ def test_a_number_may_be_written_in_every_usual_way(text):
         ),
         ("optimiser.learning_rate=1", r"optimiser is not a key of a recipe\. Nearest: optimizer\."),
         ("data.train=[{path: a, wieght: 1}]", r"data\.train\.0\.wieght is not a key.*Nearest: data\.train\.weight"),
+        (
+            "parts.adapter.layer_decay=0.9",
+            r"parts\.adapter\.layer_decay is not a key.*Nearest: parts\.tower\.layer",
+        ),
         ("lora.alhpa=1", r"lora\.alhpa is not a key of a recipe\. Nearest: lora\.alpha"),
         ("zzz=1", r"zzz is not a key of a recipe\. Known: name, stage, model, model\.path"),
         ("optimizer.learning_rate=fast", r"optimizer\.learning_rate is 'fast': input should be a valid number"),
@@ -124,10 +128,11 @@ def test_all_that_is_wrong_is_said_at_once():
         ("paper_sft", ["parts={adapter: {train: frozen}, language_model: {train: frozen}, "
                        "embeddings: {train: frozen}}"], "nothing learns"),
         ("paper_sft", ["parts.tower.learning_rate=1e-6"], "parts.tower is frozen, but has a learning_rate"),
-        ("paper_sft", ["parts.tower.layer_decay=0.9"], "parts.tower is frozen, but has a learning_rate or a layer"),
-        ("paper_sft", ["parts.adapter.layer_decay=0.9"], "layer_decay is for the tower only"),
+        ("paper_sft", ["parts.tower.layer_decay=0.9"], "parts.tower is frozen, but has a learning_rate, a layer"),
+        ("paper_sft", ["parts.tower.last_blocks=2"], "but has a learning_rate, a layer_decay or last_blocks"),
+        ("qlora_24gb", ["parts.adapter.train=frozen"], "parts.adapter is frozen, but has a learning_rate"),
+        ("cpu_demo", ["parts.embeddings.train=new_tokens", "model.new_tokens=[a]"], "new_tokens, which needs LoRA"),
         ("paper_sft", ["parts.tower.checkpointing=true"], "a frozen tower keeps nothing to recompute"),
-        ("paper_sft", ["parts.adapter.checkpointing=true"], "adapter has too few layers to recompute"),
         ("qlora_24gb", ["parts.embeddings.learning_rate=1e-5"], "parts.embeddings is frozen, but has a learning"),
         ("qlora_24gb", ["parts.embeddings.train=new_tokens"], "model.new_tokens is empty"),
         ("qlora_24gb", ["model.new_tokens=['<a>']"], "would stay at their random start"),
@@ -144,7 +149,8 @@ def test_all_that_is_wrong_is_said_at_once():
         ("paper_sft", ["hardware.sharding=full"], "sharding over one device is nothing"),
         ("qlora_24gb", ["hardware={sharding: full, devices: 2}"], "4-bit weights are not sharded here"),
         ("qlora_24gb", ["hardware.precision=float32"], "make them equal, or set precision to bfloat16"),
-        ("paper_sft", ["parts.adapter.learning_rate=1e-7"], "a part's learning_rate is below optimizer.min_learning"),
+        ("qlora_24gb", ["data.train=[{path: a, weight: 2}, {path: b}]"], "a mixture has no epochs"),
+        ("paper_multitask", ["data.train=[{path: a, weight: 2}, {path: b}]"], "which data.packing does not know"),
         ("paper_sft", ["run.evaluate_every=5"], "data.validation is empty"),
     ],
 )  # fmt: skip
@@ -169,4 +175,4 @@ def test_the_global_batch_is_devices_times_rows_times_accumulation():
 def test_lora_parts_are_those_that_say_lora():
     recipe = load_recipe("qlora_24gb", ["parts.tower={train: lora, learning_rate: 2e-5}"])
     assert recipe.lora_parts == ("tower", "language_model")
-    assert recipe.parts.tower == PartSection(train="lora", learning_rate=2e-5)
+    assert recipe.parts.tower == TowerSection(train="lora", learning_rate=2e-5)
