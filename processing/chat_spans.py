@@ -31,6 +31,7 @@ class Span:
 
     is_target: the model is trained to write it. weight: factor of its loss, >= 0 (0 where not a target).
     allow_special: special tokens in it are parsed; otherwise `<|im_end|>` is ten or so tokens of plain text.
+    is_content: it stands inside a message: its text, or the markup of its pictures and boxes; else it frames messages.
     message: index of the message it belongs to. What a template writes between two messages belongs to the earlier one
     up to its closing token, and to the later one from there.
     """
@@ -39,6 +40,7 @@ class Span:
     is_target: bool
     weight: float
     allow_special: bool
+    is_content: bool
     message: int
 
 
@@ -49,10 +51,9 @@ class LabelRule:
     markers: regular expression for control text that frames a message; None: the special token right after the content
         (`<|im_end|>`, `<|eot_id|>`, `</s>`, with the whitespace before it, which the model must write to get there).
     every_turn: the frame is a target around messages of every role, not only around the trained ones.
-    joined: neighbouring pieces of text are tokenized together where both are read or both written, as a processor does
-        with the whole prompt; False: each piece alone, as the original Qwen-VL code does. The two differ only where a
-        text begins or ends in whitespace. What is read and what is written are never tokenized together: when the model
-        answers, its prompt has been tokenized already.
+    joined: the frame is tokenized together with the content, as a processor does with the whole prompt; False: apart, as
+        the original Qwen-VL code does. The two differ only where a text begins or ends in whitespace. What is read and
+        what is written are never tokenized together: when the model answers, its prompt has been tokenized already.
     """
 
     markers: str | None = None
@@ -134,10 +135,10 @@ def chat_spans(
     weights = [weight * message.get("weight", 1.0) for message in messages]
     spans: list[Span] = []
 
-    def add(text: str, home: int, is_target: bool, allow_special: bool = True) -> None:
+    def add(text: str, home: int, is_target: bool, *, is_content: bool = False, allow_special: bool = True) -> None:
         if text:
             is_target = is_target and weights[home] > 0
-            spans.append(Span(text, is_target, weights[home] if is_target else 0.0, allow_special, home))
+            spans.append(Span(text, is_target, weights[home] if is_target else 0.0, allow_special, is_content, home))
 
     closing = re.compile(rule.markers if rule.markers else rf"\s*{special.pattern}")
     for index, frame in enumerate(frames):  # frames[i] stands before message i, the last one after the last message
@@ -160,7 +161,7 @@ def chat_spans(
         add(frame[start:], home, False)
         for piece in contents[index] if index < len(contents) else ():
             is_data = isinstance(piece, int)
-            add(texts[piece] if is_data else piece, index, trained[index], allow_special=not is_data)
+            add(texts[piece] if is_data else piece, index, trained[index], is_content=True, allow_special=not is_data)
     return spans
 
 

@@ -90,8 +90,6 @@ def fit(
         draft: makes a draft of a beginning of the conversation with a given processor.
         endings: numbers of leading messages that end with a trained answer: where a trimmed conversation may end.
     """
-    if whole.length <= policy.max_length:
-        return whole, ()
     shorter = sorted((count for count in endings if count < whole.num_messages), reverse=True)
     for step in policy.steps:
         if step == "shrink" and (found := _shrunk(whole, draft, policy.max_length)):

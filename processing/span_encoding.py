@@ -84,8 +84,7 @@ def encode_spans(
             raise ValueError(
                 f"The text has {count} {token} but {len(placeholders[token])} picture(s) or video(s) came"
             )
-    if joined:
-        pieces = _joined(pieces)
+    pieces = _joined(pieces, across_frames=joined)
 
     texts = [piece.text for piece in pieces if piece.ids is None]
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
@@ -105,10 +104,14 @@ def encode_spans(
     return EncodedSpans(input_ids, labels, weights, message_ends)
 
 
-def _joined(pieces: list[_Piece]) -> list[_Piece]:
+def _joined(pieces: list[_Piece], across_frames: bool) -> list[_Piece]:
     """Neighbouring texts of equal label and weight as one text; it belongs to the message of its last piece."""
     joined: list[_Piece] = []
-    for (is_text, _, _), group in groupby(pieces, lambda p: (p.ids is None, p.span.is_target, p.span.weight)):
+
+    def kind(piece: _Piece) -> tuple[bool, bool, float, bool]:
+        return piece.ids is None, piece.span.is_target, piece.span.weight, piece.span.is_content and not across_frames
+
+    for (is_text, *_), group in groupby(pieces, kind):
         members = list(group)
         if is_text:
             members = [_Piece("".join(piece.text for piece in members), None, members[-1].span)]

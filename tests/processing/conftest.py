@@ -61,3 +61,24 @@ def tokenizer_reference(shared):
     import json
 
     return json.loads((shared / "reference/tokenizer_reference.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def byte_processor(byte_tokenizer):
+    """A factory of processors of the later families on bytes: pictures in patches of 2 x 2 pixels, merged 2 x 2, so that
+    16 pixels are one token, at least 4 tokens and at most 64."""
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil, Qwen2VLProcessor, Qwen3VLProcessor
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+    classes = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}
+
+    def build(family: str, cls=None):
+        image_processor = Qwen2VLImageProcessorPil(
+            patch_size=2, merge_size=2, size={"shortest_edge": 4 * 16, "longest_edge": 64 * 16}
+        )
+        cls = cls or classes[family]
+        return cls(
+            image_processor, byte_tokenizer, Qwen2VLVideoProcessor(), chat_template=byte_tokenizer.chat_template
+        )
+
+    return build

@@ -28,14 +28,14 @@ def targets(spans):
 
 def test_the_answer_and_its_end_token_are_targets_and_nothing_else(render, special):
     spans = chat_spans([QUESTION, ANSWER], render, special)
-    assert [(span.text, span.is_target, span.allow_special, span.message) for span in spans] == [
-        ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n", False, True, 0),
-        ("1+1?", False, False, 0),
-        ("<|im_end|>", False, True, 0),
-        ("\n<|im_start|>assistant\n", False, True, 1),
-        ("2", True, False, 1),
-        ("<|im_end|>", True, True, 1),
-        ("\n", False, True, 1),
+    assert [(span.text, span.is_target, span.allow_special, span.is_content, span.message) for span in spans] == [
+        ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n", False, True, False, 0),
+        ("1+1?", False, False, True, 0),
+        ("<|im_end|>", False, True, False, 0),
+        ("\n<|im_start|>assistant\n", False, True, False, 1),
+        ("2", True, False, True, 1),
+        ("<|im_end|>", True, True, False, 1),
+        ("\n", False, True, False, 1),
     ]
 
 

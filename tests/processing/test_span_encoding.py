@@ -7,11 +7,11 @@ from processing.span_encoding import encode_spans
 
 
 def control(text, target=False, weight=0.0, message=0):
-    return Span(text, target, weight, True, message)
+    return Span(text, target, weight, allow_special=True, is_content=False, message=message)
 
 
 def data(text, target=False, weight=0.0, message=0):
-    return Span(text, target, weight, False, message)
+    return Span(text, target, weight, allow_special=False, is_content=True, message=message)
 
 
 @pytest.fixture
@@ -79,6 +79,8 @@ def test_what_is_read_is_tokenized_together_but_never_with_what_is_written(encod
     read_then_read = [control("\n"), data("\nhi")]
     assert encode(read_then_read).input_ids == [double, *ids("h", "i")]
     assert encode(read_then_read, joined=False).input_ids == ids("Ċ", "Ċ", "h", "i")
+    within_one_content = [data("\n"), data("\nhi")]
+    assert encode(within_one_content, joined=False).input_ids == [double, *ids("h", "i")]
     read_then_written = [control("\n"), data("\nhi", True, 1.0)]
     assert encode(read_then_written).input_ids == ids("Ċ", "Ċ", "h", "i")
 
