@@ -1,12 +1,12 @@
 """Shapes -> the text that a family writes, and a model's answer -> shapes, with a report of whatever is malformed.
 
-| shape | qwenvl                              | qwen2_vl                                   | qwen2_5_vl and qwen3_vl    |
-|-------|-------------------------------------|--------------------------------------------|----------------------------|
-| box   | `<box>(x1,y1),(x2,y2)</box>`        | `<|box_start|>(x1,y1),(x2,y2)<|box_end|>`  | `{"bbox_2d": [4 numbers]}` |
-| quad  | `<quad>` 4 pairs `</quad>`          | `<|quad_start|>` 4 pairs `<|quad_end|>`    | `{"quad_2d": [8 numbers]}` |
-| point | `<box>(x,y)</box>`                  | `<|box_start|>(x,y)<|box_end|>`            | `{"point_2d": [2 numbers]}`|
-| label | `<ref>` ... `</ref>` before them    | `<|object_ref_start|>` ... before them     | `"label"` in the object    |
-| many  | one after the other                 | one after the other                        | a list: `[{...}, {...}]`   |
+| shape | qwenvl                        | qwen2_vl                                  | qwen2_5_vl and qwen3_vl      |
+|-------|-------------------------------|-------------------------------------------|------------------------------|
+| box   | `<box>(x1,y1),(x2,y2)</box>`  | `<|box_start|>(x1,y1),(x2,y2)<|box_end|>` | `{"bbox_2d": [4 numbers]}`   |
+| quad  | `<quad>`, 4 pairs             | `<|quad_start|>`, 4 pairs                 | `{"quad_2d": [8 numbers]}`   |
+| point | `<box>(x,y)</box>`            | `<|box_start|>(x,y)<|box_end|>`           | `{"point_2d": [2 numbers]}`  |
+| label | `<ref>cup</ref>` before them  | `<|object_ref_start|>` before them        | `"label"` in each object     |
+| many  | one after the other           | one after the other                       | a list of objects            |
 
 The box forms and "point_2d" are the models' own. They have no form for a quad in JSON, nor for a point in tags: these
 are ours, so a model writes them only after training on them.
