@@ -1,9 +1,9 @@
 """Chat template + conversation -> spans (text, is it a target, its weight, may it hold special tokens) -> token ids.
 
 The label is born with the text. A template is rendered once more with a marker in place of every text that the data
-brings. What stands at a marker is data: it is tokenized as plain text, so a user who writes `<|im_end|>` or "assistant"
-forges nothing and trains nothing. The rest is the template's: control text, whose special tokens are parsed. Which
-message a piece belongs to is known from the markers, so nobody searches ids for a role afterwards.
+brings. What stands at a marker is data: it is tokenized as plain text, so a user who writes `<|im_end|>` or
+"assistant" forges nothing and trains nothing. The rest is the template's: control text, whose special tokens are
+parsed. Which message a piece belongs to is known from the markers, so nobody searches ids for a role afterwards.
 
 This works for any template, because it is checked for every conversation: the spans joined must be, character by
 character, what the template gives for the conversation itself; a template that looks into the text is refused.
@@ -51,9 +51,9 @@ class LabelRule:
     markers: regular expression for control text that frames a message; None: the special token right after the content
         (`<|im_end|>`, `<|eot_id|>`, `</s>`, with the whitespace before it, which the model must write to get there).
     every_turn: the frame is a target around messages of every role, not only around the trained ones.
-    joined: the frame is tokenized together with the content, as a processor does with the whole prompt; False: apart, as
-        the original Qwen-VL code does. The two differ only where a text begins or ends in whitespace. What is read and
-        what is written are never tokenized together: when the model answers, its prompt has been tokenized already.
+    joined: the frame is tokenized together with the content, as a processor does with the whole prompt; False: apart,
+        as the original Qwen-VL code does. The two differ only where a text begins or ends in whitespace. What is read
+        and what is written are never tokenized together: when the model answers, its prompt is tokenized already.
     """
 
     markers: str | None = None
@@ -63,7 +63,7 @@ class LabelRule:
 
 ANSWERS = LabelRule()
 
-# finetune.py of the original: every <|im_start|>, every <|im_end|> and the newline after it, in every turn, but no role.
+# As the original's finetune.py: every <|im_start|>, every <|im_end|> and the newline after it, but no role.
 QWEN_VL = LabelRule(markers=r"<\|im_start\|>|<\|im_end\|>\n?", every_turn=True, joined=False)
 
 
@@ -72,8 +72,8 @@ def special_pattern(tokenizer: Any, only: Collection[str] | None = None) -> re.P
 
     Raises:
         ValueError: a token of `only` is not a special token of `tokenizer`.
-        ValueError: a special token eats the blanks around it (lstrip, rstrip) or wants word borders, which splitting the
-            text at special tokens would get wrong.
+        ValueError: a special token eats the blanks around it (lstrip, rstrip) or wants word borders, which splitting
+            the text at special tokens would get wrong.
     """
     special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
     for token in special:
@@ -108,14 +108,14 @@ def chat_spans(
         weight: factor on the weights of the messages.
 
     Raises:
-        ValueError: the template looks into the text, drops or repeats a message, or writes no end token after a trained
-            message; a label or phrase of a box part holds a special token.
+        ValueError: the template looks into the text, drops or repeats a message, or writes no end token after a
+            trained message; a label or phrase of a box part holds a special token.
 
     Example:
-        >>> spans = chat_spans([{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}], render, special)
-        >>> [(span.text, span.is_target) for span in spans]
-        [('<|im_start|>user\\n', False), ('1+1?', False), ('<|im_end|>', False), ('\\n<|im_start|>assistant\\n', False),
-         ('2', True), ('<|im_end|>', True), ('\\n', False)]
+        >>> messages = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+        >>> [(span.text, span.is_target) for span in chat_spans(messages, render, special)]
+        [('<|im_start|>user\\n', False), ('1+1?', False), ('<|im_end|>', False),
+         ('\\n<|im_start|>assistant\\n', False), ('2', True), ('<|im_end|>', True), ('\\n', False)]
     """
     _refuse_special_labels(messages, special)
     plain = [{key: value for key, value in message.items() if key not in ("weight", "train")} for message in messages]
@@ -146,8 +146,8 @@ def chat_spans(
             match = closing.match(frame)
             if match is None and trained[index - 1]:
                 raise ValueError(
-                    f"The chat template writes no end token after message {index - 1}, but {frame[:40]!r}: a model trained "
-                    f"on it would not learn to stop."
+                    f"The chat template writes no end token after message {index - 1}, but {frame[:40]!r}: a model "
+                    f"trained on it would not learn to stop."
                 )
             end = match.end() if match else 0
             add(frame[:end], index - 1, framed[index - 1])
@@ -160,8 +160,10 @@ def chat_spans(
             start = match.end()
         add(frame[start:], home, False)
         for piece in contents[index] if index < len(contents) else ():
-            is_data = isinstance(piece, int)
-            add(texts[piece] if is_data else piece, index, trained[index], is_content=True, allow_special=not is_data)
+            if isinstance(piece, int):
+                add(texts[piece], index, trained[index], is_content=True, allow_special=False)
+            else:
+                add(piece, index, trained[index], is_content=True)
     return spans
 
 
@@ -230,8 +232,8 @@ def _split_at_markers(
     wanted = [f"{side}{i}" for i in range(num_messages) for side in "be"], [f"t{i}" for i in range(num_texts)]
     if ([name for name in names if name[0] != "t"], [name for name in names if name[0] == "t"]) != wanted:
         raise ValueError(
-            f"The chat template must write each of the {num_messages} messages and {num_texts} texts once and in order; "
-            f"it wrote {', '.join(names)} (b, e: begin and end of a message, t: a text)."
+            f"The chat template must write each of the {num_messages} messages and {num_texts} texts once and in "
+            f"order; it wrote {', '.join(names)} (b, e: begin and end of a message, t: a text)."
         )
     frames: list[str] = [first]
     contents: list[list[str | int]] = []

@@ -23,8 +23,9 @@ Batch = dict[str, Any]
 class PaddedCollator:
     """One row per example, padded on the right to the longest.
 
-    The attention mask comes from the lengths: a padding id inside a text stays visible. Pictures of all examples go one
-    after the other; a batch without pictures has no picture keys. `loss_weights` is there when any weight differs from 1.
+    The attention mask comes from the lengths: a padding id inside a text stays visible. Pictures of all examples go
+    one after the other; a batch without pictures has no picture keys. `loss_weights` is there when any weight differs
+    from 1.
 
     Args:
         pad_token_id: fills `input_ids`; nothing reads it.
@@ -77,11 +78,12 @@ class PackedCollator:
     """All examples in one row, one after the other, without padding; no example attends to another.
 
     Use it with `sampling.PackedBatchSampler` (rows filled to a length) or with any batches (padding-free). Positions
-    start again at 0 with every example; transformers turns that into a block mask (eager, sdpa, flex attention) or into
+    start again at 0 with every example; transformers turns that into a block mask (eager, sdpa, flex attention) or
+    into
     the sequence boundaries of flash attention, only as long as there is no attention mask and no cache: hence no
-    `attention_mask`, and `use_cache` False. (Boundaries are not sent as `cu_seq_lens_q`: the Qwen2-VL families would hand
-    them to their vision tower too, which has its own.) The first label of every example is ignored: in a padded row
-    nothing predicts it, here the last token of its neighbour would.
+    `attention_mask`, and `use_cache` False. (Boundaries are not sent as `cu_seq_lens_q`: the Qwen2-VL families would
+    hand them to their vision tower too, which has its own.) The first label of every example is ignored: in a padded
+    row nothing predicts it, here the last token of its neighbour would.
 
     Args:
         merge_size: of the image processor, for families with M-RoPE; None for the others (Qwen-VL).

@@ -28,7 +28,7 @@ class EncodedExample:
     mm_token_type_ids: Tensor | None = None
     vision: Mapping[str, Tensor] = field(default_factory=dict)
     task: str | None = None
-    source: Source = Source()
+    source: Source = field(default_factory=Source)
     fitted: tuple[str, ...] = ()
 
     @property

@@ -2,17 +2,17 @@
 
 A policy is a list of steps, tried in order until the example fits:
 
-| step     | what it does                                                                                                |
-|----------|-------------------------------------------------------------------------------------------------------------|
-| "shrink" | fewer pixels per picture, down to the processor's own minimum; boxes follow, the text stays (families with a |
-|          | dynamic resolution only)                                                                                     |
-| "trim"   | leaves out the last turns, so that the longest beginning that ends with a trained answer remains             |
-| "drop"   | leaves the example out; `Supervision.counts` says how many                                                  |
-| "raise"  | RowError naming the row and both lengths                                                                     |
+| step     | what it does                                                                                         |
+|----------|------------------------------------------------------------------------------------------------------|
+| "shrink" | fewer pixels per picture, down to the processor's own minimum; boxes follow, the text stays          |
+|          | (families with a dynamic resolution only)                                                            |
+| "trim"   | leaves out the last turns: what remains is the longest beginning that ends with a trained answer     |
+| "drop"   | leaves the example out; `Supervision.counts` says how many                                           |
+| "raise"  | RowError naming the row and both lengths                                                             |
 
 Why the last turns and not the first: a turn refers to those before it, and the picture nearly always comes with the
-first, so the beginning of a conversation is a conversation and its end is not. An answer is never cut in the middle: it
-would teach the model to stop, or not to stop, at a random place.
+first, so the beginning of a conversation is a conversation and its end is not. An answer is never cut in the middle:
+it would teach the model to stop, or not to stop, at a random place.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class LengthPolicy:
     """Longest example in tokens, pictures included, and the steps for longer ones, tried in order.
 
     Raises:
-        ValueError: unknown steps, or steps that can never be reached or never decide: the last must be "drop" or "raise",
-            and only the last.
+        ValueError: unknown steps, or steps that can never be reached or never decide: the last must be "drop" or
+            "raise", and only the last.
 
     Example:
         >>> LengthPolicy(2048, ("shrink", "trim", "drop"))
@@ -152,8 +152,8 @@ def with_max_pixels(processor: Any, max_pixels: int) -> Any:
 def shrink_to(processor: Any, sizes: Sequence[tuple[int, int]], budget: int) -> Any | None:
     """`processor` with the largest pixel limit at which pictures of these sizes have at most `budget` tokens together.
 
-    None if even its `shortest_edge` (its minimum of pixels per picture) gives more. The limit is one for all pictures, so
-    the largest give way first.
+    None if even its `shortest_edge` (its minimum of pixels per picture) gives more. The limit is one for all
+    pictures, so the largest give way first.
     """
     cell = (processor.image_processor.patch_size * processor.image_processor.merge_size) ** 2
     size = processor.image_processor.size

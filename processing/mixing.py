@@ -1,10 +1,10 @@
 """Several sources of rows -> one stream by weight; seeded, resumable, and sharded row by row over ranks and workers.
 
-The stream is one sequence that the seed and the epoch decide; consumer c of n takes its rows c, c + n, c + 2n, ... So all
-consumers together have every row of the sequence once, whatever their number, also where a source is a single file.
-(datasets' `interleave_datasets` with `split_dataset_by_node` shards by file: with fewer files than workers the others
-idle, and its probabilities need rows of equal columns.) Rows of other consumers are not decoded; of a source without
-length they are read over.
+The stream is one sequence that the seed and the epoch decide; consumer c of n takes its rows c, c + n, c + 2n, ... So
+all consumers together have every row of the sequence once, whatever their number, also where a source is a single
+file. (datasets' `interleave_datasets` with `split_dataset_by_node` shards by file: with fewer files than workers the
+others idle, and its probabilities need rows of equal columns.) Rows of other consumers are not decoded; of a source
+without length they are read over.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ class Mixture(IterableDataset):
     """A weighted mixture of sources, such as {"grounding": rows, "text": rows} with pure text against forgetting.
 
     Args:
-        sources: name -> rows. A sequence (with length and index) is shuffled anew each time it is gone through; anything
-            else that can be iterated again is read in its own order.
+        sources: name -> rows. A sequence (with length and index) is shuffled anew each time it is gone through;
+            anything else that can be iterated again is read in its own order.
         weights: name -> how often its rows are drawn, relative to the others; None: in proportion to the lengths.
         stop: when an epoch ends. "once": every row of every source once; sources that are used up no longer take part.
             "first": when a source is used up. "all": when each has been used up; shorter ones start again.
-        rank, world_size: the consumer among processes; workers of a DataLoader are found by themselves. Under the Trainer
-            leave them alone: accelerate shards there.
+        rank, world_size: the consumer among processes; workers of a DataLoader are found by themselves. Under the
+            Trainer             leave them alone: accelerate shards there.
 
     Raises:
-        ValueError: unknown or missing names in `weights`, a weight that is not above 0, no lengths to weigh by, a source
-            without rows.
+        ValueError: unknown or missing names in `weights`, a weight that is not above 0, no lengths to weigh by, a
+            source without rows.
 
     Example:
         >>> list(Mixture({"a": ["a1", "a2", "a3"], "b": ["b1"]}, {"a": 1, "b": 1}, stop="once", seed=2))
@@ -77,7 +77,7 @@ class Mixture(IterableDataset):
             self.epoch, self._num_batches = epoch, 0
 
     def state_dict(self, num_batches: int | None = None, batch_size: int = 1) -> dict[str, int]:
-        """Where this rank is. With a DataLoader say how many batches of which size it has given: workers read ahead."""
+        """Where this rank is. With workers, which read ahead, say how many batches of which size have been used."""
         if num_batches is None:
             num_batches, batch_size = self._num_batches, self._batch_size
         return {"epoch": self.epoch, "seed": self.seed, "num_batches": num_batches, "batch_size": batch_size}

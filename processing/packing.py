@@ -1,6 +1,7 @@
 """Which examples share a row, and the positions that keep them apart in it.
 
-A packed row is several examples one after the other without padding. Attention is kept inside each example by positions
+A packed row is several examples one after the other without padding. Attention is kept inside each example by
+positions
 that start again at 0: transformers reads them (and only them: no attention mask, no cache) and builds a block mask for
 eager, sdpa and flex attention, or the sequence boundaries for flash attention.
 
@@ -74,8 +75,8 @@ def mrope_positions(
     """Time, height and width positions of one example, int64 of shape (3, L) (Qwen2-VL paper, section 2.1).
 
     The same numbers as `get_rope_index` of transformers' Qwen2-VL, Qwen2.5-VL and Qwen3-VL, which are methods of the
-    models and not aware of packing; a collator has no model. Text counts up alike in all three; the tokens of a picture
-    get their cell in its grid; the text after it goes on from the larger side of the grid.
+    models and not aware of packing; a collator has no model. Text counts up alike in all three; the tokens of a
+    picture get their cell in its grid; the text after it goes on from the larger side of the grid.
 
     Args:
         mm_token_type_ids: per token 0 for text, 1 for picture, 2 for video, as the processors give it.

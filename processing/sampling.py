@@ -99,8 +99,8 @@ class LengthBatchSampler(_Batches):
 class PackedBatchSampler(_Batches):
     """Batches that fill one row of `capacity` tokens each, for `PackedCollator`.
 
-    Each epoch is shuffled and cut into windows of `window` examples, and each window is packed by `packing.pack`: larger
-    windows fill better, smaller ones are more random. With `tasks`, a row holds one task only (stage 2).
+    Each epoch is shuffled and cut into windows of `window` examples, and each window is packed by `packing.pack`:
+    larger windows fill better, smaller ones are more random. With `tasks`, a row holds one task only (stage 2).
 
     Raises:
         ValueError: an example is longer than `capacity`.

@@ -1,4 +1,4 @@
-"""Spans -> token ids, labels and weights, growing together; a picture's placeholder becomes as many ids as it has vectors."""
+"""Spans -> token ids, labels and weights, growing together; a placeholder becomes one id per visual token."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def encode_spans(
             `{"<imgpad>": [[151859] * 256]}`.
         never_targets: ids that get no label even in a trained answer: the placeholders of pictures.
         joined: see `LabelRule.joined`.
-        in_data: special tokens to parse in the data's text too (group 1), as the original finetuning code does with all
-            of them; None: none.
+        in_data: special tokens to parse in the data's text too (group 1), as the original finetuning code does with
+            all of them; None: none.
 
     Raises:
         ValueError: the number of occurrences of a placeholder differs from the number of replacements.

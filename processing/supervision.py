@@ -34,7 +34,8 @@ from .pictures import ANYTHING, PictureLimits, load_picture, picture_size
 from .span_encoding import encode_spans
 from .special_tokens import ENDOFTEXT, IMAGE_PAD, IMGPAD, VISION_END, VISION_START
 
-# Stages 1 and 2 with the later families: pictures and texts as they stand, no roles; the answer ends with <|endoftext|>.
+# Stages 1 and 2 with the later families: pictures and texts as they stand, no roles; the answer ends with
+# <|endoftext|>.
 PLAIN_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message.content is string -%}{{- message.content -}}{%- else -%}{%- for part in message.content -%}"
@@ -49,10 +50,13 @@ class Supervision:
     """Turns examples into what a model trains on. Make one per run; call it per example.
 
     Args:
-        processor: `QwenVLProcessor`, or one of Qwen2-VL, Qwen2.5-VL, Qwen3-VL (from `load_processor` for rows with boxes).
+        processor: `QwenVLProcessor`, or one of Qwen2-VL, Qwen2.5-VL, Qwen3-VL (from `load_processor` for rows with
+            boxes).
         length: what to do with long examples; None: any length.
-        train_on: "answers", "last_answer", or a function (index, messages) -> bool; a message's own `train` comes first.
-        rule: which control tokens are supervised; None: as the original for Qwen-VL, else the answers and their end token.
+        train_on: "answers", "last_answer", or a function (index, messages) -> bool; a message's own `train` comes
+            first.
+        rule: which control tokens are supervised; None: as the original for Qwen-VL, else the answers and their end
+            token.
         special_in_text: special tokens that are read as tokens when they stand in the data's text; by default none, so
             that a text cannot forge control tokens (the original finetuning code reads all of them).
         limits: which pictures may be loaded, and from where.
@@ -89,7 +93,8 @@ class Supervision:
         """The encoded example, or None if the length policy drops it.
 
         Raises:
-            RowError: names the row: a picture that cannot be read, no supervised token, an example that is too long, ...
+            RowError: names the row: a picture that cannot be read, no supervised token, an example that is too long,
+                ...
         """
         try:
             pictures = [load_picture(picture, self.limits) for picture in example.pictures]
@@ -132,9 +137,9 @@ class Supervision:
             fitted = fit(whole, lambda *args: self.draft(example, sizes, *args), endings, self.length)
             if fitted is None and self.length.steps[-1] == "raise":
                 raise ValueError(
-                    f"{whole.length} tokens ({whole.num_picture_tokens} of them for {len(sizes)} pictures), but max_length "
-                    f"is {self.length.max_length} and no step of {self.length.steps} helps: raise max_length, lower the "
-                    f"processor's pixels, or end the steps with 'drop'"
+                    f"{whole.length} tokens ({whole.num_picture_tokens} of them for {len(sizes)} pictures), but "
+                    f"max_length is {self.length.max_length} and no step of {self.length.steps} helps: raise "
+                    f"max_length, lower the processor's pixels, or end the steps with 'drop'"
                 )
         if fitted is not None:
             self._check(fitted[0], example)

@@ -7,8 +7,8 @@ from processing.chat_spans import ANSWERS, QWEN_VL, LabelRule, chat_spans, speci
 QUESTION = {"role": "user", "content": "1+1?"}
 ANSWER = {"role": "assistant", "content": "2"}
 LLAMA = (
-    "{{- '<|begin|>' -}}{%- for m in messages -%}{{- '<|head|>' + m.role + '<|/head|>\n\n' + m.content | trim + '<|eot|>' -}}"
-    "{%- endfor -%}"
+    "{{- '<|begin|>' -}}{%- for m in messages -%}"
+    "{{- '<|head|>' + m.role + '<|/head|>\n\n' + m.content | trim + '<|eot|>' -}}{%- endfor -%}"
 )
 
 
@@ -75,7 +75,10 @@ def test_spans_joined_are_what_the_template_gives_also_with_blanks_at_the_ends(r
 
 def test_a_template_that_strips_the_texts_gives_stripped_targets(byte_tokenizer):
     special = special_pattern(_llama(byte_tokenizer))
-    render = lambda messages: byte_tokenizer.apply_chat_template(messages, chat_template=LLAMA, tokenize=False)  # noqa: E731
+
+    def render(messages):
+        return byte_tokenizer.apply_chat_template(messages, chat_template=LLAMA, tokenize=False)
+
     messages = [{"role": "user", "content": "\nhi "}, {"role": "assistant", "content": " yes\n"}]
     spans = chat_spans(messages, render, special)
     assert targets(spans) == ["yes", "<|eot|>"]

@@ -61,7 +61,7 @@ def test_grids_that_do_not_fit_the_tokens_are_refused():
         mrope_positions([1, 1, 1], merge_size=2, image_grid_thw=grid)
     with pytest.raises(ValueError, match="A run of 4 picture tokens has no grid"):
         mrope_positions([1, 1, 1, 1, 0, 1, 1, 1, 1], merge_size=2, image_grid_thw=grid)
-    with pytest.raises(ValueError, match="left over: {'picture': 1}"):
+    with pytest.raises(ValueError, match=r"left over: \{'picture': 1\}"):
         mrope_positions([0, 0], merge_size=2, image_grid_thw=grid)
 
 
@@ -75,16 +75,16 @@ def tiny_model(family: str):
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     text = {
-        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 16, "use_cache": True, "bos_token_id": 1, "eos_token_id": 2,
+        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "use_cache": True, "bos_token_id": 1, "eos_token_id": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
     }  # fmt: skip
     vision = {"depth": 2, "num_heads": 2, "patch_size": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
     vision |= {
         "qwen2_vl": {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2},
         "qwen2_5_vl": {
-            "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 19, "window_size": 8, "fullatt_block_indexes": [1],
-            "tokens_per_second": 3,
+            "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 19, "window_size": 8,
+            "fullatt_block_indexes": [1], "tokens_per_second": 3,
         },
         "qwen3_vl": {
             "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 19, "num_position_embeddings": 16,

@@ -32,7 +32,8 @@ def supervised_text(encoded, processor):
     return processor.tokenizer.decode(encoded.input_ids[encoded.labels != IGNORE])
 
 
-# --- The original's labels --------------------------------------------------------------------------------------------
+# --- The original's labels
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +56,8 @@ def test_ids_and_labels_are_those_of_the_original_finetuning_code(
 ):
     """All 12 recorded conversations, with what must differ:
 
-    - the original packs a path into the 256 slots of a picture, as bytes and <imgpad>; ours are all <imgpad>. Every other
-      id is equal.
+    - the original packs a path into the 256 slots of a picture, as bytes and <imgpad>; ours are all <imgpad>. Every
+      other id is equal.
     - it supervises these slots where a picture stands in an answer (conversation 7); ours never. Every other label is
       equal.
     - it reads special tokens in the data's text (conversation 6); asked for with `special_in_text`.
