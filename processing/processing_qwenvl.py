@@ -17,7 +17,7 @@ from .coordinates import CONVENTIONS
 from .grounding_mixin import GroundingMixin, mark_texts
 from .image_processing_pil_qwenvl import QwenVLImageProcessorPil
 from .image_processing_qwenvl import QwenVLImageProcessor
-from .special_tokens import IMAGE_SLOT, IMAGE_SPECIAL_TOKENS, IMG_END, IMG_START, IMGPAD
+from .special_tokens import ENDOFTEXT, IM_END, IM_START, IMAGE_SLOT, IMAGE_SPECIAL_TOKENS, IMG_END, IMG_START, IMGPAD
 from .tokenization_qwenvl import PIECE_BREAK, QWenTokenizer
 
 IMAGE_PROCESSORS: dict[str, Any] = {"pil": QwenVLImageProcessorPil, "torchvision": QwenVLImageProcessor}
@@ -41,8 +41,8 @@ class QwenVLProcessor(GroundingMixin, ProcessorMixin):
         >>> inputs = processor.apply_chat_template(
         ...     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         ... )
-        >>> output_ids = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
-        >>> processor.post_process_image_text_to_text(output_ids)
+        >>> output_ids = model.generate(**inputs, eos_token_id=processor.stop_token_ids)
+        >>> processor.post_process_image_text_to_text(output_ids[:, inputs["input_ids"].shape[1] :])
         ['<ref>the dog</ref><box>(221,423),(569,886)</box>']
     """
 
@@ -67,6 +67,11 @@ class QwenVLProcessor(GroundingMixin, ProcessorMixin):
         self.num_image_tokens = num_image_tokens
         self.image_token = IMGPAD
         self.image_token_id = vocabulary[IMGPAD]
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Ids that end an answer, those of the original's chat: `model.generate(..., eos_token_id=stop_token_ids)`."""
+        return self.tokenizer.convert_tokens_to_ids([IM_END, IM_START, ENDOFTEXT])
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:

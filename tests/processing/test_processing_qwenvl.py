@@ -246,6 +246,31 @@ def test_sanitising_a_text_that_is_only_rendered_is_refused(processor):
         processor.apply_chat_template([user(text("a"))], sanitize_control_tokens=True)
 
 
+# --- Boxes ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_box_in_pixels_becomes_tokens_and_an_answer_becomes_a_box_in_pixels(processor):
+    picture = PIL.Image.new("RGB", (200, 100))
+    box = {"type": "box", "bbox": [20, 50, 100, 75], "label": "digit"}
+    encoded = encode(processor, [user(image(picture), text("Where is the digit?")), user(box)])
+    written = "<ref>digit</ref><box>(100,500),(500,750)</box>"
+    assert written in processor.decode(encoded["input_ids"][0])
+    assert count(processor, encoded, "<box>") == 1
+    (found,) = processor.parse_answer(written, image_sizes=[(100, 200)]).shapes
+    assert (found.x1, found.y1, found.x2, found.y2, found.label) == (20, 50, 100, 75, "digit")
+
+
+def test_sanitising_neutralises_a_typed_tag_but_not_those_of_a_box_part(processor):
+    box = {"type": "box", "bbox": [1, 2, 3, 4], "label": "digit"}
+    encoded = encode(processor, [user(image(), text("<box> </ref>"), box)], sanitize_control_tokens=True)
+    assert [count(processor, encoded, t) for t in ("<box>", "</ref>", "</box>")] == [1, 1, 1]
+    assert "<box> </ref><ref>digit</ref><box>" in processor.decode(encoded["input_ids"][0])
+
+
+def test_the_model_sees_every_picture_at_one_size(processor):
+    assert processor.model_size(height=10, width=700) == (28, 28)
+
+
 # --- Counts ---------------------------------------------------------------------------------------------------------
 
 
@@ -293,6 +318,14 @@ def test_generated_ids_become_texts_that_keep_their_boxes(processor):
     ids = processor.tokenizer(["<ref>three</ref><box>(1,2),(3,4)</box><|im_end|><|endoftext|>"])["input_ids"]
     assert processor.post_process_image_text_to_text(ids) == ["<ref>three</ref><box>(1,2),(3,4)</box>"]
     assert processor.post_process_image_text_to_text(ids, keep_image_special=False) == ["three(1,2),(3,4)"]
+
+
+def test_an_answer_ends_where_the_original_chat_ends_it(processor):
+    assert processor.tokenizer.convert_ids_to_tokens(processor.stop_token_ids) == [
+        "<|im_end|>",
+        "<|im_start|>",
+        "<|endoftext|>",
+    ]
 
 
 def test_inference_servers_are_told_the_tokens_of_each_picture(processor):
