@@ -191,7 +191,9 @@ class QwenVLConfig(PreTrainedConfig):
 
     def _check_text(self) -> None:
         text, kind = self.text_config.to_dict(), self.text_config.model_type
-        missing = [name for name in ("hidden_size", "vocab_size") if not isinstance(text.get(name), int)]
+        # Some types call their width n_embd or d_model and map the standard name to it.
+        known = text.keys() | self.text_config.attribute_map.keys()
+        missing = [name for name in ("hidden_size", "vocab_size") if name not in known]
         if missing:
             raise ValueError(
                 f"text_config of type {kind!r} has no {', '.join(missing)}: it must be a plain causal language model "
