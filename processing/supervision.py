@@ -206,11 +206,16 @@ def encode(example: Example, processor: Any, **settings: Any) -> EncodedExample 
     return Supervision(processor, **settings)(example)
 
 
+def template_of(processor: Any, style: str) -> str | None:
+    """What `processor.apply_chat_template` is told for an example of `style`; None is its own template."""
+    if style == "chat":
+        return None
+    return "plain" if processor.image_token == IMGPAD else PLAIN_TEMPLATE  # QwenVLProcessor knows it by name
+
+
 def _renderer(processor: Any, style: str, sizes: Sequence[Size]) -> Render:
     """Writes messages as text for `processor`, boxes included, by its chat template or the plain one."""
-    template = None
-    if style == "plain":
-        template = "plain" if processor.image_token == IMGPAD else PLAIN_TEMPLATE  # QwenVLProcessor knows it by name
+    template = template_of(processor, style)
 
     def render(messages: list[Message]) -> str:
         if isinstance(processor, GroundingMixin):
