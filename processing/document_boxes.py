@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 
-from .coordinates import Box, Convention, Frame, from_model, to_model
+from .coordinates import Box, Convention, Frame, Outside, fit, from_model, to_model
 from .documents import format_numbers
 
 _BBOX = re.compile(r"""(\bdata-bbox\s*=\s*)("[^"]*"|'[^']*'|[^\s"'>/]+)""", re.IGNORECASE)
@@ -89,8 +90,18 @@ def rescale_document(html: str, scale_x: float, scale_y: float) -> str:
     return map_boxes(html, move)
 
 
-def document_for_model(html: str, frame: Frame, convention: Convention) -> str:
+def document_for_model(
+    html: str,
+    frame: Frame,
+    convention: Convention,
+    outside: Outside = "refuse",
+    counts: Counter[str] | None = None,
+) -> str:
     """`html` with boxes in original pixels -> as a model of `convention` writes it.
+
+    Args:
+        outside: "refuse" or "clip" boxes that leave the picture, see `coordinates.fit`.
+        counts: told how many "shapes" there were, and how many were "clipped".
 
     Raises:
         ValueError: a box outside the picture, or one that cannot be read.
@@ -101,7 +112,14 @@ def document_for_model(html: str, frame: Frame, convention: Convention) -> str:
         >>> document_for_model('<p data-bbox="80 60 800 600">a</p>', frame, CONVENTIONS["qwen2_5_vl"])
         '<p data-bbox="81 59 812 588">a</p>'
     """
-    return map_boxes(html, lambda box: [number for pair in to_model(box, frame, convention) for number in pair])
+
+    def move(box: Box) -> list[float]:
+        shape, is_clipped = fit(box, frame, outside)
+        if counts is not None:
+            counts.update({"shapes": 1, "clipped": int(is_clipped)})
+        return [number for pair in to_model(shape, frame, convention) for number in pair]
+
+    return map_boxes(html, move)
 
 
 def document_from_model(html: str, frame: Frame, convention: Convention) -> str:

@@ -101,6 +101,13 @@ def check_document(html: str, width: int, height: int, *, check_order: bool = Fa
     return sorted(problems, key=lambda problem: problem.line)
 
 
+def check_markup(html: str, where: str) -> None:
+    """Refuses (ValueError) HTML whose tags do not fit together or whose boxes cannot be read; any tags are welcome."""
+    wrong = [problem for problem in _Reader(html).problems if problem.aspect in ("markup", "box")]
+    if wrong:
+        raise ValueError(f"{where}: {_message(wrong)}")
+
+
 def _message(problems: Sequence[DocumentProblem]) -> str:
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"the document has {len(problems)} problem(s): {problems[0]}{more}"

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from .document_parsing import check_markup
 from .parts import check_part, is_number, picture_of, refuse_unknown_keys, shorten
 
 Message = dict[str, Any]
@@ -165,6 +166,8 @@ def check_messages(messages: Sequence[Message], name: str, num_pictures_before: 
             raise ValueError(f"{where} has content {shorten(content)}, it must be text or a list of parts")
         for index, part in enumerate(content):
             check_part(part, f"{where} part {index}", num_pictures, total)
+            if part["type"] == "document":
+                check_markup(part["html"], f"{where} part {index} (type 'document')")
             num_pictures += part["type"] == "image"
     return num_pictures
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from transformers.utils.chat_template_utils import mark_control_tokens
 
 from .coordinates import Convention, Frame, Outside, Shape, fit, make_shape
+from .document_boxes import document_for_model
 from .grounding_text import ParsedAnswer, parse_shapes, render_ref, render_shapes
 from .parts import IMAGE_KEYS, PART_KEYS, SHAPES, Part, check_part, shapes_of
 from .pictures import ANYTHING, PictureLimits, load_picture, picture_size
@@ -61,7 +62,7 @@ class GroundingMixin:
         outside: Outside = "refuse",
         counts: Counter[str] | None = None,
     ) -> list[Message]:
-        """A copy of the conversation in which box, quad, point and ref parts have become text parts.
+        """A copy of the conversation in which box, quad, point, ref and document parts have become text parts.
 
         Shape parts that follow each other directly become one text, so that JSON stays one list. Everything else stays
         as it is, but for keys that hold None, which Arrow adds and chat templates misread as pictures.
@@ -137,6 +138,14 @@ class GroundingMixin:
             if part.get("type") == "ref":
                 check_part(part, place, num_before, len(frames))
                 part = {"type": "text", "text": render_ref(part["text"], self.convention)}
+            elif part.get("type") == "document":
+                check_part(part, place, num_before, len(frames))
+                frame = frames[part.get("image_index", num_before - 1)]
+                try:
+                    html = document_for_model(part["html"], frame, self.convention, outside, counts)
+                except ValueError as error:
+                    raise ValueError(f"{place}: {error}") from error
+                part = {"type": "text", "text": html}
             elif part.get("type") not in _PASSED_ON:
                 known = ", ".join(sorted({*PART_KEYS, *_PASSED_ON}))
                 raise ValueError(
@@ -326,7 +335,7 @@ def _is_picture(part: Part) -> bool:
 
 
 def _has_shapes(messages: Sequence[Message]) -> bool:
-    return any(part.get("type") in SHAPES for part in _parts(messages))
+    return any(part.get("type") in (*SHAPES, "document") for part in _parts(messages))
 
 
 def _parts(messages: Sequence[Message]) -> list[Part]:

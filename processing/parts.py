@@ -127,8 +127,10 @@ def shapes_of(part: Part, kind: str, where: str) -> list[list[float]]:
 
 
 def picture_of(part: Part) -> Any:
-    """What an image part holds, whichever of the accepted keys holds it."""
-    return next(part[key] for key in IMAGE_KEYS if part.get(key) is not None)
+    """What an image part holds, whichever of the accepted keys holds it; base64 as a data URI."""
+    key = next(key for key in IMAGE_KEYS if part.get(key) is not None)
+    is_bare = key == "base64" and not part[key].startswith("data:")
+    return f"data:image/*;base64,{part[key]}" if is_bare else part[key]
 
 
 def refuse_unknown_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:

@@ -31,6 +31,13 @@ def test_pictures_are_counted_over_all_turns_whichever_key_holds_them():
     assert Example(turns).pictures == ["a.png", "https://x.org/b.png", "a.png"]
 
 
+def test_base64_without_its_head_becomes_a_data_uri_that_can_be_loaded():
+    example = Example(
+        [user({"type": "image", "base64": "iVBO"}, {"type": "image", "base64": "data:x;base64,iVBO"}), ANSWER]
+    )
+    assert example.pictures == ["data:image/*;base64,iVBO", "data:x;base64,iVBO"]
+
+
 def test_two_user_turns_in_a_row_are_a_conversation():
     Example([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}, ANSWER])
 
@@ -65,6 +72,8 @@ def test_two_user_turns_in_a_row_are_a_conversation():
         ({"type": "quad", "quad": [1, 2, 3, 5]}, "must be 8 finite numbers"),
         ({"type": "point", "point": [1, 2, 3]}, "must be 2 finite numbers"),
         ({"type": "document", "html": ""}, "needs 'html' to be text"),
+        ({"type": "document", "html": "<p>\n<b></p>"}, "1 problem(s): line 2: <b> is not closed before </p>"),
+        ({"type": "document", "html": '<p data-bbox="1 2 3">a</p>'}, "data-bbox '1 2 3' is not four numbers"),
         ("hello", "must be a dictionary with a type, it is 'hello'"),
     ],
 )
