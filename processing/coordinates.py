@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from .parts import SHAPES
 
 Pair = tuple[float, float]
 Outside = Literal["refuse", "clip"]
@@ -117,7 +116,7 @@ class Point:
 
 Shape = Box | Quad | Point
 SHAPE_TYPES: dict[str, Callable[..., Shape]] = {cls.kind: cls for cls in (Box, Quad, Point)}
-NUM_CORNERS = {kind: numbers // 2 for kind, (_, numbers) in SHAPES.items()}
+NUM_CORNERS = {"box": 2, "quad": 4, "point": 1}
 
 
 def make_shape(kind: str, numbers: Sequence[float], label: str | None = None, image_index: int = 0) -> Shape:

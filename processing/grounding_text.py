@@ -101,7 +101,8 @@ def render_shapes(shapes: Sequence[Shape], frames: Sequence[Frame], convention: 
         label share one ref.
 
     Raises:
-        ValueError: a shape outside its picture; a label that holds a special token of the vocabulary.
+        ValueError: a shape outside its picture; in tags, a label that holds a special token of the vocabulary, or a
+            shape without a label right after one with a label.
 
     Example:
         >>> frame = Frame(height=600, width=800, model_height=588, model_width=812)
@@ -123,6 +124,11 @@ def render_shapes(shapes: Sequence[Shape], frames: Sequence[Frame], convention: 
     pieces = []
     last_label: str | None = None
     for shape, corners in placed:
+        if shape.label is None and last_label is not None:
+            raise ValueError(
+                f"a {shape.kind} without a label right after the label {last_label!r} would be read as one more of it: "
+                f"give it a label, or put text between them"
+            )
         if shape.label is not None and shape.label != last_label:
             pieces.append(render_ref(shape.label, convention))
         last_label = shape.label
@@ -160,7 +166,7 @@ def parse_shapes(
 
     Args:
         text: what the model wrote, decoded with `skip_special_tokens=False`: tags are special tokens.
-        frames: one per picture of the conversation.
+        frames: one per picture of the conversation; without any, every shape is a problem.
         image_index: the picture that the answer is about; the last one by default. No family writes it into the text.
         outside: "refuse" reports a shape with a number out of range and leaves it out; "clip" moves it into range,
             keeps it, and reports it all the same.
@@ -174,10 +180,10 @@ def parse_shapes(
         ParsedAnswer(shapes=(Box(x1=80.0, y1=60.0, x2=160.0, y2=120.0, label='cup', image_index=0),),
         problems=(Problem(piece='<box>(1,2', start=48, reason='<box> is not closed'),), text='A cup.(1,2')
     """
-    index = len(frames) - 1 if image_index is None else image_index
-    if not 0 <= index < len(frames):
+    index = max(len(frames) - 1, 0) if image_index is None else image_index
+    if not 0 <= index < max(len(frames), 1):
         raise ValueError(f"the answer is about picture {index}, but the conversation has {len(frames)} picture(s)")
-    reader = _Reader(frames[index], index, convention, outside)
+    reader = _Reader(frames[index] if frames else None, index, convention, outside)
     plain = reader.read_json(text) if convention.text == "json" else reader.read_tags(text, TAGS[convention.text])
     for token in (IM_END, ENDOFTEXT):
         plain = plain.replace(token, "")
@@ -201,7 +207,7 @@ _AROUND_OBJECTS = (
 class _Reader:
     """Collects the shapes and problems of one answer."""
 
-    def __init__(self, frame: Frame, image_index: int, convention: Convention, outside: Outside):
+    def __init__(self, frame: Frame | None, image_index: int, convention: Convention, outside: Outside):
         self.frame, self.image_index, self.convention, self.outside = frame, image_index, convention, outside
         self.shapes: list[Shape] = []
         self.problems: list[Problem] = []
@@ -215,6 +221,9 @@ class _Reader:
             return
         if kind == "box" and (corners[0][0] > corners[1][0] or corners[0][1] > corners[1][1]):
             self.report(piece, start, "the second corner lies left of or above the first")
+            return
+        if self.frame is None:
+            self.report(piece, start, "the conversation has no picture that it could lie in")
             return
         try:
             pixels = from_model(corners, self.frame, self.convention)
