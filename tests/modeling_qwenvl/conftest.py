@@ -121,6 +121,11 @@ def shapes_of_original_fixture():
     return shapes_of_original
 
 
+@pytest.fixture(scope="session", name="with_placeholders")
+def with_placeholders_fixture():
+    return with_placeholders
+
+
 @pytest.fixture(scope="session")
 def recording(tmp_path_factory) -> Recording:
     data = dict(np.load(FIXTURES / "seeded_public.npz"))
