@@ -6,6 +6,7 @@ times; the model overwrites the embeddings of these tokens with the picture's ve
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig, ProcessorMixin
@@ -17,6 +18,7 @@ from .coordinates import CONVENTIONS
 from .grounding_mixin import GroundingMixin, mark_texts
 from .image_processing_pil_qwenvl import QwenVLImageProcessorPil
 from .image_processing_qwenvl import QwenVLImageProcessor
+from .pictures import load_picture
 from .special_tokens import ENDOFTEXT, IM_END, IM_START, IMAGE_SLOT, IMAGE_SPECIAL_TOKENS, IMG_END, IMG_START, IMGPAD
 from .tokenization_qwenvl import PIECE_BREAK, QWenTokenizer
 
@@ -29,6 +31,7 @@ class QwenVLProcessor(GroundingMixin, ProcessorMixin):
     """Image processor, tokenizer and chat templates of Qwen-VL in one.
 
     Args:
+        tokenizer: its `padding_side` is set to left, as a batch of prompts for `generate` needs it.
         num_image_tokens: visual tokens of one picture; must be the model's number of queries.
         chat_template: by default `CHATML_TEMPLATE`. The name "plain" in `apply_chat_template` is `PLAIN_TEMPLATE`.
 
@@ -64,6 +67,7 @@ class QwenVLProcessor(GroundingMixin, ProcessorMixin):
         if num_image_tokens < 1:
             raise ValueError(f"num_image_tokens is {num_image_tokens}, a picture needs at least 1")
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHATML_TEMPLATE)
+        tokenizer.padding_side = "left"  # transformers' pipelines pad on this side and do not ask the processor
         self.num_image_tokens = num_image_tokens
         self.image_token = IMGPAD
         self.image_token_id = vocabulary[IMGPAD]
@@ -124,8 +128,8 @@ class QwenVLProcessor(GroundingMixin, ProcessorMixin):
           a text with `<|im_end|>` does not end its message; with `sanitize_control_tokens` none is;
         - what the template writes before a text is not merged with it, not even line breaks.
 
-        Prompts (`add_generation_prompt`, `continue_final_message`) are padded on the left, for `generate`; all else on
-        the tokenizer's `padding_side`, which is right. `processor_kwargs={"padding_side": ...}` overrules both.
+        Prompts (`add_generation_prompt`, `continue_final_message`) are padded on the left, for `generate`, all else on
+        the right, for training. `processor_kwargs={"padding_side": ...}` overrules it.
 
         Args:
             chat_template: None for the processor's own, "plain" for `PLAIN_TEMPLATE`, or a template.
@@ -137,8 +141,8 @@ class QwenVLProcessor(GroundingMixin, ProcessorMixin):
                 "sanitize_control_tokens needs tokenize=True: in a rendered text, text and tokens look alike"
             )
         processor_kwargs = dict(processor_kwargs or {})
-        if add_generation_prompt or continue_final_message:
-            processor_kwargs.setdefault("padding_side", "left")
+        is_prompt = bool(add_generation_prompt or continue_final_message)
+        processor_kwargs.setdefault("padding_side", "left" if is_prompt else "right")
         if tokenize and isinstance(self.tokenizer, QWenTokenizer):
             special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
             as_text = special if sanitize_control_tokens else special.difference(IMAGE_SPECIAL_TOKENS)
@@ -172,6 +176,10 @@ class QwenVLProcessor(GroundingMixin, ProcessorMixin):
     def model_size(self, height: int, width: int) -> tuple[int, int]:
         """Every picture is resized to one size, whatever its own (height, width)."""
         return self.image_processor.size["height"], self.image_processor.size["width"]
+
+    def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+        """Adds to the base class: paths, addresses and bytes are loaded as in conversations, by `load_picture`."""
+        return super().prepare_inputs_layout(images=_loaded(images), text=text, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """What one `<imgpad>` of a text becomes; `<img>` and `</img>` already stand around it."""
@@ -216,3 +224,10 @@ class QwenVLProcessor(GroundingMixin, ProcessorMixin):
         return MultiModalData(
             num_image_tokens=[self.num_image_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
         )
+
+
+def _loaded(images: Any) -> Any:
+    """Pictures, however nested, with those that are named by a string or path, or are bytes, as PIL pictures."""
+    if isinstance(images, list | tuple):
+        return [_loaded(image) for image in images]
+    return load_picture(images) if isinstance(images, str | Path | bytes) else images

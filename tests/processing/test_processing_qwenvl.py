@@ -173,6 +173,21 @@ def test_the_same_picture_may_be_written_in_the_text_and_given_beside_it(process
     assert torch.equal(by_hand["pixel_values"], encoded["pixel_values"])
 
 
+@pytest.mark.parametrize("form", ["path", "string", "bytes", "nested"])
+def test_pictures_beside_a_text_may_be_named_or_encoded(processor, tmp_path, form):
+    path = tmp_path / "red.png"
+    RED.convert("RGBA").save(path)
+    given = {"path": path, "string": str(path), "bytes": path.read_bytes(), "nested": [[path]]}[form]
+    inputs = processor(text=[f"{IMAGE_SLOT} three"], images=given, return_tensors="pt")
+    expected = processor(text=[f"{IMAGE_SLOT} three"], images=RED, return_tensors="pt")
+    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+
+
+def test_texts_given_without_a_template_are_padded_on_the_left(processor):
+    batch = processor(text=["three red digits", "three"], padding=True)
+    assert batch["attention_mask"] == [[1] * len(batch["input_ids"][0]), [0] * (len(batch["input_ids"][0]) - 1) + [1]]
+
+
 # --- Masks ----------------------------------------------------------------------------------------------------------
 
 

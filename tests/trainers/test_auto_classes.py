@@ -96,6 +96,15 @@ def test_the_pipeline_answers_as_model_and_processor_by_hand(folder):
         assert result["generated_text"] == answer_by_hand(folder, question(color))
 
 
+def test_the_pipeline_answers_a_batch_of_different_lengths_as_one_by_one(folder):
+    pipe = pipeline("image-text-to-text", model=str(folder))
+    longer = [{"role": "user", "content": [*question("blue")[0]["content"], {"type": "text", "text": "three" * 9}]}]
+    greedy = {"max_new_tokens": 7, "do_sample": False}
+    results = pipe(text=[question("red"), longer], batch_size=2, return_full_text=False, generate_kwargs=greedy)
+    answers = [result["generated_text"] for (result,) in results]
+    assert answers == [answer_by_hand(folder, question("red")), answer_by_hand(folder, longer)]
+
+
 def test_a_batch_of_prompts_is_answered_as_one_by_one(folder):
     processor, model = AutoProcessor.from_pretrained(folder), AutoModelForImageTextToText.from_pretrained(folder)
     longer = [{"role": "user", "content": "three red digits and three blue ones"}]
