@@ -5,7 +5,7 @@ Letters: B examples, L tokens of the longest example (padded) or of all together
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,38 @@ from torch import Tensor
 
 from .chat_spans import IGNORE
 from .encoded_example import EncodedExample
+from .example import Example
 from .packing import mrope_positions
+from .supervision import Supervision
 
 Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SupervisedCollator:
+    """Examples as read -> batch: encodes each, then hands them to `collate`. Pictures are then decoded in the workers.
+
+    Examples that the length policy drops are missing in the batch.
+
+    Raises:
+        RowError: as `Supervision`. ValueError: all examples of the batch are dropped.
+
+    Example:
+        >>> collate = SupervisedCollator(Supervision(processor), PaddedCollator(processor.tokenizer.pad_token_id))
+        >>> loader = DataLoader(list(read_rows("train.jsonl")), batch_size=8, num_workers=2, collate_fn=collate)
+    """
+
+    supervise: Supervision
+    collate: Callable[[Sequence[EncodedExample]], Batch]
+
+    def __call__(self, examples: Sequence[Example]) -> Batch:
+        encoded = list(self.supervise.stream(examples))
+        if not encoded:
+            raise ValueError(
+                f"All {len(examples)} examples of a batch are too long and dropped, the first is "
+                f"{examples[0].source.where}: measure them beforehand (Supervision.measure), or raise max_length"
+            )
+        return self.collate(encoded)
 
 
 @dataclass(frozen=True)

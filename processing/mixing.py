@@ -128,7 +128,7 @@ class Mixture(IterableDataset):
 
     def _walk(self, number: int, num_passes: int) -> Iterator[Callable[[], Any]]:
         """Once through a source."""
-        rows = list(self.sources.values())[number]
+        rows: Any = list(self.sources.values())[number]
         if isinstance(rows, Sized):
             order = np.random.default_rng((self.seed, self.epoch, number, num_passes)).permutation(len(rows))
             return (partial(rows.__getitem__, int(index)) for index in order)

@@ -10,12 +10,14 @@ Letters: L tokens of one example or row, G pictures or videos.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .encoded_example import EncodedExample
 
 
 def pack(lengths: Sequence[int], capacity: int, tasks: Sequence[Hashable] | None = None) -> list[list[int]]:
@@ -135,3 +137,34 @@ _KINDS = {1: "picture", 2: "video"}
 
 def _as_list(grid: Tensor | None) -> list[list[int]]:
     return [] if grid is None else grid.tolist()
+
+
+def pack_stream(
+    examples: Iterable[EncodedExample], capacity: int, *, window: int = 256, by_task: bool = False
+) -> Iterator[list[EncodedExample]]:
+    """Packed rows of a stream whose lengths are not known beforehand; every example is in one row.
+
+    It waits for `window` examples, packs them, and hands out all rows but the emptiest (with `by_task`: of each task),
+    whose examples wait for the next window.
+
+    Example:
+        >>> for row in pack_stream(supervise.stream(mixture), capacity=2048):
+        ...     batch = PackedCollator.for_processor(processor)(row)
+    """
+    waiting: list[EncodedExample] = []
+
+    def packed(is_last: bool) -> Iterator[list[EncodedExample]]:
+        rows = pack([e.length for e in waiting], capacity, [e.task for e in waiting] if by_task else None)
+        emptiest: dict[str | None, list[int]] = {}
+        for row in () if is_last else rows:
+            task = waiting[row[0]].task if by_task else None
+            emptiest[task] = min(emptiest.get(task, row), row, key=lambda r: sum(waiting[i].length for i in r))
+        full = [[waiting[i] for i in row] for row in rows if row not in emptiest.values()]
+        waiting[:] = [waiting[i] for row in emptiest.values() for i in row]
+        yield from full
+
+    for example in examples:
+        waiting.append(example)
+        if len(waiting) >= window:
+            yield from packed(is_last=False)
+    yield from packed(is_last=True)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import tensor
 
-from processing.collators import PackedCollator, PaddedCollator
+from processing.collators import PackedCollator, PaddedCollator, SupervisedCollator
 from processing.encoded_example import EncodedExample
+from processing.example import Example
 
 X = -100
 
@@ -135,3 +136,18 @@ def test_what_does_not_belong_together_is_refused(with_picture, text_only):
     )
     with pytest.raises(ValueError, match="need tokens_per_second"):
         PackedCollator(merge_size=2)([video])
+
+
+def test_examples_are_encoded_on_the_way_to_the_batch(byte_processor):
+    from processing.length import LengthPolicy
+    from processing.supervision import Supervision
+
+    examples = [
+        Example([{"role": "user", "content": "q" * size}, {"role": "assistant", "content": "a"}])
+        for size in (1, 3, 90)
+    ]
+    supervise = Supervision(byte_processor("qwen2_vl"), length=LengthPolicy(60, ("drop",)))
+    collate = SupervisedCollator(supervise, PaddedCollator(pad_token_id=0))
+    assert collate(examples)["input_ids"].shape == (2, 44)
+    with pytest.raises(ValueError, match=r"All 1 examples of a batch are too long .* <memory>: measure them"):
+        collate(examples[2:])

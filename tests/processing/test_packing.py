@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from processing.chat_spans import IGNORE
 from processing.collators import PackedCollator, PaddedCollator
 from processing.encoded_example import EncodedExample
-from processing.packing import fill, mrope_positions, pack
+from processing.packing import fill, mrope_positions, pack, pack_stream
 
 
 def test_the_longest_goes_first_into_the_first_row_with_room():
@@ -38,6 +38,31 @@ def test_a_row_holds_one_task_if_tasks_are_given():
 def test_an_example_longer_than_the_row_is_refused_with_both_numbers():
     with pytest.raises(ValueError, match="Example 1 has 11 tokens, a packed row holds 10"):
         pack([3, 11], 10)
+
+
+def tokens(*lengths, task=None):
+    return [
+        EncodedExample(torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long), task=task) for n in lengths
+    ]
+
+
+def test_a_stream_is_packed_with_every_example_in_one_row():
+    examples = tokens(5, 7, 3, 2, 3, 1, 9, 4, 8, 2, 6)
+    rows = list(pack_stream(iter(examples), 10, window=4))
+    assert sorted(id(e) for row in rows for e in row) == sorted(map(id, examples))
+    assert max(sum(e.length for e in row) for row in rows) <= 10
+    assert len(rows) <= 7  # 50 tokens
+    assert [len(row) for row in pack_stream(iter(tokens(5, 5, 5)), 10, window=2)] == [2, 1]
+    assert list(pack_stream(iter([]), 10)) == []
+
+
+def test_a_stream_is_packed_by_task_if_asked():
+    examples = [
+        e for pair in zip(tokens(4, 5, 6, 3, task="a"), tokens(5, 4, 3, 6, task="b"), strict=True) for e in pair
+    ]
+    rows = list(pack_stream(iter(examples), 10, window=3, by_task=True))
+    assert all(len({e.task for e in row}) == 1 for row in rows)
+    assert sorted(id(e) for row in rows for e in row) == sorted(map(id, examples))
 
 
 def test_positions_of_a_picture_between_texts():
@@ -76,7 +101,8 @@ def tiny_model(family: str):
 
     text = {
         "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "use_cache": True, "bos_token_id": 1, "eos_token_id": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "use_cache": True,
+        "bos_token_id": 1, "eos_token_id": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
     }  # fmt: skip
     vision = {"depth": 2, "num_heads": 2, "patch_size": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
