@@ -19,6 +19,7 @@ _CSV_CELL_LIMIT = 1 << 27
 _JSON_IN_CSV = ("conversations", "messages", "images", "sentences", "bbox", "width", "height", "weight")
 _HUB_NAME = re.compile(r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$")
 _BLANK, _BETWEEN_ROWS = re.compile(r"\s*"), re.compile(r"[\s,]*")
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of other bytes
 _ARROW_BATCH = 64  # rows at a time: rows may hold their pictures
 
 
@@ -68,6 +69,21 @@ def check_place(rows: Any) -> None:
             raise FileNotFoundError(f"there is no file {path}")
 
 
+def count_rows(rows: Any) -> int | None:
+    """How many rows a file has, where that is quick to know; blank lines of jsonl are counted too. None otherwise."""
+    path = Path(rows) if isinstance(rows, str | Path) else None
+    if path is None or not path.is_file():
+        return None
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_metadata(path).num_rows
+    if path.suffix != ".jsonl":
+        return None
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
 def folder_of(rows: Any) -> Path | None:
     """The folder of the file `rows`, None for anything else."""
     return Path(rows).parent if isinstance(rows, str | Path) and Path(rows).is_file() else None
@@ -100,7 +116,12 @@ def _jsonl_rows(path: Path) -> Iterator[RawRow]:
 
 def _json_rows(path: Path) -> Iterator[RawRow]:
     """A list of rows, a COCO file, or rows one after the other (jsonl that is called json). The file is read whole."""
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        whole = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        yield RawRow(Source(str(path)), error=f"the file is not UTF-8: {error}", text=whole)
+        return
     decoder = json.JSONDecoder()
     position, line = _skip(text, 0, 1, _BLANK)
     is_list = text[position : position + 1] == "["
@@ -142,7 +163,7 @@ def _coco_rows(path: Path, document: Mapping[str, Any]) -> Iterator[RawRow]:
 
 def _csv_rows(path: Path) -> Iterator[RawRow]:
     csv.field_size_limit(max(csv.field_size_limit(), _CSV_CELL_LIMIT))
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="", errors="surrogateescape") as file:
         reader = csv.reader(file, strict=True)
         header = next(reader, None)
         if header is None:
@@ -162,6 +183,9 @@ def _csv_rows(path: Path) -> Iterator[RawRow]:
             if len(cells) != len(header):
                 reason = f"the row has {len(cells)} cell(s) but the header has {len(header)}"
                 yield RawRow(source, row, error=reason)
+                continue
+            if any(_NOT_UTF8.search(cell) for cell in cells):
+                yield RawRow(source, row, error="not UTF-8")
                 continue
             try:
                 yield RawRow(source, {key: _csv_value(key, cell) for key, cell in row.items()})

@@ -2,9 +2,15 @@
 
 import typer
 
+from . import cli_data
+
 app = typer.Typer(
     name="qwenvl",
     help="Model, processor and trainers for the Qwen-VL family.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
+
+data = typer.Typer(help="Rows on disk: read them as training does.", no_args_is_help=True)
+data.command("check")(cli_data.check)
+app.add_typer(data, name="data")

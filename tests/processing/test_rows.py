@@ -108,6 +108,18 @@ def test_csv_counts_the_lines_inside_quoted_cells(tmp_path):
     assert "2 cell(s) but the header has 3" in reader.problems[1].reason
 
 
+def test_bytes_that_are_not_utf8_make_a_bad_row_of_csv_and_a_bad_file_of_json(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_bytes(b"prefix,suffix\na,\xff\nb,c\n")
+    good, bad, reader = read(path)
+    assert (good, bad, reader.problems[0].reason) == ([3], [2], "not UTF-8")
+    path = tmp_path / "t.json"
+    path.write_bytes(b'[{"prefix": "\xff", "suffix": "a"}]')
+    good, _, reader = read(path)
+    assert good == []
+    assert "the file is not UTF-8" in str(reader.problems[0])
+
+
 def test_csv_cells_hold_lists_as_json(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text('image,bbox,sent,weight\na.png,"[2, 3, 5, 7]",dog,0.5\na.png,"[2, 3",dog,1\n')
