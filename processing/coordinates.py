@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-
 Pair = tuple[float, float]
 Outside = Literal["refuse", "clip"]
 

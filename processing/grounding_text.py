@@ -126,8 +126,8 @@ def render_shapes(shapes: Sequence[Shape], frames: Sequence[Frame], convention: 
     for shape, corners in placed:
         if shape.label is None and last_label is not None:
             raise ValueError(
-                f"a {shape.kind} without a label right after the label {last_label!r} would be read as one more of it: "
-                f"give it a label, or put text between them"
+                f"a {shape.kind} without a label right after the label {last_label!r} would be read as one more of "
+                f"it: give it a label, or put text between them"
             )
         if shape.label is not None and shape.label != last_label:
             pieces.append(render_ref(shape.label, convention))
@@ -178,7 +178,7 @@ def parse_shapes(
         >>> frame = Frame(height=600, width=800, model_height=588, model_width=812)
         >>> parse_shapes("A <ref>cup</ref><box>(100,100),(200,200)</box>.<box>(1,2", [frame], CONVENTIONS["qwenvl"])
         ParsedAnswer(shapes=(Box(x1=80.0, y1=60.0, x2=160.0, y2=120.0, label='cup', image_index=0),),
-        problems=(Problem(piece='<box>(1,2', start=48, reason='<box> is not closed'),), text='A cup.(1,2')
+        problems=(Problem(piece='<box>(1,2', start=47, reason='<box> is not closed'),), text='A cup.(1,2')
     """
     index = max(len(frames) - 1, 0) if image_index is None else image_index
     if not 0 <= index < max(len(frames), 1):

@@ -274,12 +274,12 @@ def test_impossible_limits_and_a_second_way_to_set_them_are_refused(processors, 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_size_given_in_the_call_is_refused_because_boxes_would_not_follow(processors, name):
     size = {"shortest_edge": 64, "longest_edge": 400}
-    with pytest.raises(ValueError, match="picture 0 became 12x24 pixels .*, but boxes are written for 24x40"):
+    with pytest.raises(ValueError, match=r"picture 0 became 12x24 pixels .*, but boxes are written for 24x40"):
         processors[name](images=noise(60, 100), text="<|image_pad|>", images_kwargs={"size": size})
 
 
 def test_a_picture_too_thin_is_refused_with_its_size_before_anything_is_resized(processors):
-    with pytest.raises(ValueError, match="2x500 pixels .* 250.0 times as long"):
+    with pytest.raises(ValueError, match=r"2x500 pixels .* 250.0 times as long"):
         processors["qwen3_vl"](images=noise(2, 500), text="<|image_pad|>")
 
 
@@ -295,5 +295,5 @@ def test_resizing_switched_off_is_followed_too(processors):
     processor = copy_with_limits(processors["qwen2_5_vl"], 64, 1024)
     processor.image_processor.do_resize = False
     assert processor.model_size(60, 100) == (60, 100)
-    with pytest.raises(ValueError, match="60x101 pixels .*multiples of 4"):
+    with pytest.raises(ValueError, match=r"60x101 pixels .*multiples of 4"):
         processor.model_size(60, 101)
