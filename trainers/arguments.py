@@ -44,16 +44,31 @@ class StageArguments(TrainingArguments):
         default_factory=list,
         metadata={"help": "Regular expressions; parameters whose names they find are frozen besides."},
     )
+    resolution: int | None = field(
+        default=None,
+        metadata={
+            "help": "Side of pictures in pixels (area: its square, for dynamic resolution). Default: the stage's."
+        },
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest example in tokens; pictures shrink, then turns are left out, then it is refused."},
+    )
     z_loss: float = field(
         default=0.0, metadata={"help": "Weight of the squared log-normaliser of each target (PaLM uses 1e-4)."}
     )
     # Other defaults than transformers':
     # a collator needs the columns that the model's forward does not name (messages, images).
     remove_unused_columns: bool = field(default=False)
+    accelerator_config: dict | str | None = field(default=None)
     # a batch of text rows alone gives the tower no gradient; DistributedDataParallel would wait for it.
     ddp_find_unused_parameters: bool | None = field(default=True)
 
     def __post_init__(self) -> None:
+        if self.accelerator_config is None:
+            # Of an iterable dataset, accelerate would cut the first rank's batches into rows for the other ranks, and
+            # pictures are no rows.
+            self.accelerator_config = {"dispatch_batches": False}
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError(

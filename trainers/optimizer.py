@@ -8,6 +8,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+import bitsandbytes
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
@@ -77,6 +78,15 @@ def decaying_parameters(parts: ModelParts) -> set[str]:
             matrices = _ATTENTION_MATRICES
         decaying |= {f"{path}.{name}" for name, _ in module.named_parameters(recurse=False) if name in matrices}
     return decaying
+
+
+def keep_embeddings_in_32_bits(model: nn.Module) -> None:
+    """Tells bitsandbytes' optimizers to keep the states of embeddings in 32 bits, as its authors advise
+    (arXiv 2110.02861); to be called before the first step."""
+    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            manager.register_module_override(module, "weight", {"optim_bits": 32})
 
 
 def parameter_groups(model: nn.Module, rates: LearningRates, weight_decay: float) -> list[dict[str, Any]]:

@@ -18,36 +18,38 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import (
     PreTrainedModel,
     ProcessorMixin,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput
 
-from trainers import checkpoints
 from trainers.arguments import StageArguments
+from trainers.checkpoint_mixin import CheckpointMixin
+from trainers.example_batches import ExampleCollator, at_stage_resolution
 from trainers.freezing import TrainedParts, freeze
 from trainers.loss import supervised_loss, weight_of
-from trainers.optimizer import parameter_groups
+from trainers.optimizer import keep_embeddings_in_32_bits, parameter_groups
 from trainers.stages import Stage
 
 logger = logging.getLogger(__name__)
 
 
-class StageTrainer(Trainer):
+class StageTrainer(CheckpointMixin):
     """Trains one stage. Use a subclass; what is said here holds for all of them.
 
-    The model must be of a family in `trainers.families`, bare or wrapped by PEFT. The batches that `data_collator`
-    makes hold `labels` (B, L), aligned with `input_ids` and -100 where there is no loss, optionally `loss_weights`
-    (B, L) of floats, and what the model's forward takes.
-
-    `trained` overrides what the stage trains; `args.last_tower_blocks` and `args.freeze_patterns` narrow it.
+    Args:
+        model: of a family in `trainers.families`, bare or wrapped by PEFT.
+        train_dataset, eval_dataset: with `data_collator`, whatever it takes. Without, `processing.rows.Example`, which
+            `processing_class` encodes in the stage's label style and resolution (see trainers/example_batches.py).
+        data_collator: makes batches with `labels` (B, L), aligned with `input_ids` and -100 where there is no loss,
+            optionally `loss_weights` (B, L) of floats, and what the model's forward takes.
+        processing_class: the processor; it is saved in every checkpoint.
+        trained: what trains, instead of what the stage says with `args.last_tower_blocks` and `args.freeze_patterns`.
 
     The loss is the mean over all supervised tokens of the step (weighted, if weights are given), over all
-    micro-batches and devices. After the first step each part is checked to have moved, or not, as it should.
+    micro-batches and devices. After the first step each part is checked to have got a gradient, or none, as it should.
 
     Raises ValueError for settings that cannot be kept (see StageArguments), for nn.DataParallel, and for a model whose
     forward has no `logits_to_keep`.
@@ -55,7 +57,6 @@ class StageTrainer(Trainer):
 
     stage: ClassVar[Stage]
     optimizer: torch.optim.Optimizer | None
-    _is_saving_checkpoint = False
 
     def __init__(
         self,
@@ -69,19 +70,29 @@ class StageTrainer(Trainer):
         trained: TrainedParts | None = None,
     ) -> None:
         if not isinstance(args, StageArguments):
-            raise ValueError(
-                f"args is a {type(args).__name__}: use trainers.arguments.StageArguments, which extends it."
-            )
+            raise ValueError(f"args is a {type(args).__name__}: use trainers.arguments.StageArguments.")
         if args.n_gpu > 1:
             raise ValueError(
                 f"nn.DataParallel over {args.n_gpu} devices would tear pictures from their rows: start one process "
                 "per device with torchrun or accelerate launch."
             )
-        self.freeze = freeze(model, trained or _trained_parts(self.stage, args))
-        if "logits_to_keep" not in inspect.signature(self.freeze.parts.base.forward).parameters:
+        self.freeze = freeze(model, _what_trains(self.stage, args, trained))
+        base = self.freeze.parts.base
+        if "logits_to_keep" not in inspect.signature(base.forward).parameters:
             raise ValueError(
-                f"{type(self.freeze.parts.base).__name__}.forward has no logits_to_keep: logits cannot be limited "
-                "to supervised positions."
+                f"{type(base).__name__}.forward has no logits_to_keep, to limit logits to supervised positions."
+            )
+        if data_collator is None:
+            if processing_class is None:
+                raise ValueError(
+                    "Give processing_class (a processor) to train on Examples, or data_collator for other rows."
+                )
+            processing_class = at_stage_resolution(processing_class, base.config, self.stage, args.resolution)
+            data_collator = ExampleCollator(processing_class, self.stage, args.max_length)
+        elif (args.resolution, args.max_length) != (None, None):
+            raise ValueError(
+                f"resolution={args.resolution} and max_length={args.max_length} say how Examples become batches, but "
+                "a data_collator is given, which decides that itself: leave one or the other out."
             )
         super().__init__(
             model=model,
@@ -90,7 +101,7 @@ class StageTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[_GradientCheck(self), _LogWhenSaving(), *(callbacks or [])],
+            callbacks=[_GradientCheck(self), *(callbacks or [])],
         )
         # Trainer asks the model; here the loss is computed outside it, and always scaled for the whole step.
         self.model_accepts_loss_kwargs = True
@@ -98,15 +109,11 @@ class StageTrainer(Trainer):
         self.saw_pictures = False
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Trains, and returns steps, mean loss and metrics.
-
-        `resume_from_checkpoint`: a checkpoint folder, "auto" for the last whole one in `args.output_dir` or a fresh
-        start if there is none, or True for the last whole one. Raises ValueError for a folder that is not whole.
-        """
+        """As `CheckpointMixin.train`. Prints which parts train; a frozen tower runs without a graph meanwhile."""
         if self.is_world_process_zero():
             Console().print(self.freeze.table(f"stage {self.stage.name}: what trains"))
         with self.freeze.tower_without_graph():
-            return super().train(resume_from_checkpoint=self._find_checkpoint(resume_from_checkpoint), **kwargs)
+            return super().train(resume_from_checkpoint, **kwargs)
 
     def compute_loss(
         self,
@@ -117,7 +124,7 @@ class StageTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, Any]:
         if model.training:
             self.freeze.set_modes()
-            self.saw_pictures = self.saw_pictures or inputs.get("pixel_values") is not None
+            self.saw_pictures |= inputs.get("pixel_values") is not None
         loss, outputs = supervised_loss(
             model, inputs, num_items_in_batch, self.args.label_smoothing_factor, self.args.z_loss
         )
@@ -147,91 +154,20 @@ class StageTrainer(Trainer):
                 raise ValueError(f"optim={self.args.optim} makes its own parameter groups: choose a plain optimizer.")
             groups = parameter_groups(model, self.args.learning_rates, self.args.weight_decay)
             self.optimizer = optimizer_class(groups, **settings)
+            if optimizer_class.__module__.startswith("bitsandbytes"):
+                keep_embeddings_in_32_bits(model)
         return self.optimizer
 
-    # Checkpoints: what trainers/checkpoints.py says, at Trainer's seams.
 
-    def _find_checkpoint(self, wanted: str | Path | bool | None) -> str | None:
-        if wanted is None or wanted is False:
-            return None
-        run_dir = Path(self.args.output_dir)
-        if wanted is True or wanted == "auto":
-            found = checkpoints.find_last_checkpoint(run_dir)
-            if found is None and wanted is True:
-                raise ValueError(
-                    f"{run_dir} has no whole checkpoint to resume from: pass 'auto' to start afresh then."
-                )
-            return None if found is None else str(found)
-        problems = checkpoints.what_is_missing(Path(wanted))
-        if problems:
-            raise ValueError(f"{wanted} is not a whole checkpoint of a stage trainer: {'; '.join(problems)}.")
-        return str(wanted)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        run_dir = super()._get_output_dir(trial)
-        return str(checkpoints.unfinished_run_dir(Path(run_dir))) if self._is_saving_checkpoint else run_dir
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run_dir = Path(self._get_output_dir(trial))
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            checkpoints.remove_leftovers(run_dir)
-        self.accelerator.wait_for_everyone()
-        self._is_saving_checkpoint = True
-        try:
-            super()._save_checkpoint(model, trial)
-            unfinished = Path(self._get_output_dir(trial)) / name
-        finally:
-            self._is_saving_checkpoint = False
-        if self.state.best_model_checkpoint == str(unfinished):
-            self.state.best_model_checkpoint = str(run_dir / name)
-            if self.args.should_save:
-                self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoints.finish(run_dir, name)
-            rotate_checkpoints(
-                str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False
-            )
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(run_dir / name))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Trainer calls this before the checkpoint has its name; `_save_checkpoint` pushes afterwards."""
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if not self._is_saving_checkpoint or isinstance(self.model, PeftModel):
-            super()._save(output_dir, state_dict)
-        elif self.args.should_save:
-            assert output_dir is not None
-            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(output_dir)
-            torch.save(self.args, Path(output_dir) / TRAINING_ARGS_NAME)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._loads_by_itself:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            checkpoints.load_weights(self.freeze.parts.base, Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        if self._loads_by_itself:
-            super()._load_best_model()
-        else:
-            assert self.state.best_model_checkpoint is not None
-            checkpoints.load_weights(self.freeze.parts.base, Path(self.state.best_model_checkpoint))
-
-    @property
-    def _loads_by_itself(self) -> bool:
-        """PEFT, DeepSpeed and FSDP have their own formats, which Trainer reads back under the names it wrote."""
-        return isinstance(self.model, PeftModel) or self.is_deepspeed_enabled or self.is_fsdp_enabled
-
-
-def _trained_parts(stage: Stage, args: StageArguments) -> TrainedParts:
-    return TrainedParts(stage.parts, args.last_tower_blocks, tuple(args.freeze_patterns))
+def _what_trains(stage: Stage, args: StageArguments, trained: TrainedParts | None) -> TrainedParts:
+    if trained is None:
+        return TrainedParts(stage.parts, args.last_tower_blocks, tuple(args.freeze_patterns))
+    if args.last_tower_blocks is not None or args.freeze_patterns:
+        raise ValueError(
+            f"last_tower_blocks={args.last_tower_blocks} and freeze_patterns={args.freeze_patterns} narrow what the "
+            "stage trains, but `trained` is given instead of it: put them there."
+        )
+    return trained
 
 
 class _GradientCheck(TrainerCallback):
@@ -255,16 +191,3 @@ class _GradientCheck(TrainerCallback):
         if not self.judged:
             self.judged = self.trainer.freeze.check_gradients(self.trainer.saw_pictures)
         self.trainer.saw_pictures = False
-
-
-class _LogWhenSaving(TrainerCallback):
-    """Logs whenever something may be saved: the loss since the last log is in no checkpoint, so a resumed run would
-    report another mean."""
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        control.should_log = control.should_log or control.should_save or control.should_evaluate
-        return control
-
-    on_epoch_end = on_step_end

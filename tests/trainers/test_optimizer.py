@@ -1,12 +1,13 @@
 """Optimizer groups: who learns how fast, and whose weights decay."""
 
+import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from trainers.families import find_parts
 from trainers.freezing import TrainedParts, freeze
-from trainers.optimizer import LearningRates, decaying_parameters, parameter_groups
+from trainers.optimizer import LearningRates, decaying_parameters, keep_embeddings_in_32_bits, parameter_groups
 from trainers.stages import MULTITASK, PRETRAIN, SFT
 
 
@@ -160,3 +161,12 @@ def test_the_examples_in_the_docstrings_are_true(build):
     freeze(model, TrainedParts(("adapter",)))
     names = [group["name"] for group in parameter_groups(model, LearningRates(1e-5), weight_decay=0.05)]
     assert names == ["adapter, decay", "adapter, no decay"]
+
+
+def test_eight_bit_optimizers_keep_the_states_of_embeddings_in_32_bits(build):
+    model = build("qwen3_vl")
+    keep_embeddings_in_32_bits(model)
+    overridden = bitsandbytes.optim.GlobalOptimManager.get_instance().module_weight_config_triple
+    embeddings = {model.model.language_model.embed_tokens, model.model.visual.pos_embed}
+    assert {module for module, *_ in overridden} >= embeddings
+    assert all(config == {"optim_bits": 32} for _, _, config in overridden)
