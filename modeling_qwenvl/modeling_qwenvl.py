@@ -20,8 +20,9 @@ from transformers.utils.generic import can_return_tuple
 
 from .adapter_qwenvl import ADAPTERS, QwenVLResampler, init_resampler
 from .composition import assemble, load_text, load_tower
-from .configuration_qwenvl import QwenVLConfig
+from .configuration_qwenvl import QwenVLConfig, QwenVLTextConfig, QwenVLVisionConfig
 from .original_checkpoint import register_original_names
+from .text_qwenvl import QwenVLTextModel
 from .vision_qwenvl import QwenVLVisionModel, patch_grid
 
 
@@ -360,7 +361,12 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         )
 
 
-AutoModel.register(QwenVLConfig, QwenVLModel, exist_ok=True)
+for _config_class, _model_class in (
+    (QwenVLVisionConfig, QwenVLVisionModel),
+    (QwenVLTextConfig, QwenVLTextModel),
+    (QwenVLConfig, QwenVLModel),
+):
+    AutoModel.register(_config_class, _model_class, exist_ok=True)
 AutoModelForImageTextToText.register(QwenVLConfig, QwenVLForConditionalGeneration, exist_ok=True)
 AutoModelForCausalLM.register(QwenVLConfig, QwenVLForConditionalGeneration, exist_ok=True)
 register_original_names()

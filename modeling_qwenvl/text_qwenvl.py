@@ -10,7 +10,6 @@ from collections.abc import Callable
 from math import ceil, log, log2
 
 import torch
-from transformers import AutoModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import (
@@ -176,6 +175,3 @@ class QwenVLTextModel(Qwen2Model):
                 "started by this model, so the RoPE base of its keys is unknown: fill the cache with this model."
             )
         return 1.0
-
-
-AutoModel.register(QwenVLTextConfig, QwenVLTextModel, exist_ok=True)

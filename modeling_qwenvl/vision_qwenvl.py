@@ -8,7 +8,6 @@ Legend: B pictures, N patches (a grid of `rows` x `columns`), C width, K heads, 
 
 import torch
 from torch import nn
-from transformers import AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -145,6 +144,3 @@ class QwenVLVisionModel(PreTrainedModel):
         for layer in self.layers:
             hidden_BNC = layer(hidden_BNC, **kwargs)
         return BaseModelOutput(last_hidden_state=hidden_BNC)
-
-
-AutoModel.register(QwenVLVisionConfig, QwenVLVisionModel, exist_ok=True)

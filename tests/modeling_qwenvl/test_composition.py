@@ -152,7 +152,7 @@ def test_tokens_that_a_tokenizer_knows_keep_their_ids(tokenizer):
 
 
 def test_extra_tokens_need_a_tokenizer():
-    with pytest.raises(ValueError, match="'<box>'.*need the tokenizer"):
+    with pytest.raises(ValueError, match=r"'<box>'.*need the tokenizer"):
         from_vision_text(clip(), llama(), adapter="mlp", extra_tokens=("<box>",))
 
 

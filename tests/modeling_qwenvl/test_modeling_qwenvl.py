@@ -69,7 +69,7 @@ def test_embeddings_may_be_given_instead_of_ids(tiny_model, tiny_inputs):
 @pytest.mark.parametrize(
     ("num_pictures", "message"),
     [
-        (2, r"places? for 3 pictures|placeholders for 3 pictures \(by row: \[1, 2\]\) but 2 pictures"),
+        (2, r"placeholders for 3 pictures \(by row: \[1, 2\]\) but 2 pictures"),
         (4, r"placeholders for 3 pictures \(by row: \[1, 2\]\) but 4 pictures"),
         (0, r"placeholders for 3 pictures \(by row: \[1, 2\]\) but 0 pictures"),
     ],
@@ -489,6 +489,6 @@ def test_a_tower_that_gives_too_few_tokens_is_refused(tiny_model, tiny_inputs):
     short = BaseModelOutputWithPooling(last_hidden_state=torch.zeros(3, 9, 32))
     with (
         patch.object(model.model.visual, "forward", return_value=short),
-        pytest.raises(ValueError, match="9 tokens.*16 patches"),
+        pytest.raises(ValueError, match=r"9 tokens.*16 patches"),
     ):
         model(**tiny_inputs)

@@ -1,4 +1,4 @@
-"""Recordings of the original code with every intermediate: layer by layer, padded rows, 16 lengths of NTK and log-n."""
+"""Recordings of the original code with its intermediates: each layer, padded rows, 16 lengths of NTK and log-n."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Dynamic NTK and log-n: when they begin, whose they are, and that a cache may be continued by any number of tokens."""
+"""Dynamic NTK and log-n: when they begin, whose they are; a cache may be continued by any number of tokens."""
 
 import copy
 import math

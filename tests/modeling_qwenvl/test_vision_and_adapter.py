@@ -1,4 +1,4 @@
-"""The tower's patches, the position tables and the resampler: one fact per test, on numbers that can be checked by hand."""
+"""The tower's patches, the position tables and the resampler: one fact per test, on numbers checked by hand."""
 
 import math
 
