@@ -169,6 +169,8 @@ class QWenTokenizer(TokenizersBackend):
         run: list[int] = []  # positions in `text` of the characters that are encoded together, marks left out
 
         def encode_run() -> None:
+            if not run:
+                return
             encoding = self._encode_as_text("".join(text[position] for position in run))
             ids.extend(encoding["input_ids"])
             offsets.extend((run[start], run[end - 1] + 1) for start, end in encoding["offset_mapping"])
@@ -231,9 +233,9 @@ def train_qwenvl_tokenizer(texts: Iterable[str], vocab_size: int) -> QWenTokeniz
         ValueError: `vocab_size` is below 473.
 
     Example:
-        >>> tokenizer = train_qwenvl_tokenizer(["three and three"], vocab_size=475)
-        >>> len(tokenizer), tokenizer.convert_tokens_to_ids("<|endoftext|>"), tokenizer.tokenize("three")
-        (475, 258, ['th', 're', 'e'])
+        >>> tokenizer = train_qwenvl_tokenizer(["three and three"], vocab_size=500)
+        >>> len(tokenizer), tokenizer.convert_tokens_to_ids("<|endoftext|>"), tokenizer.tokenize("three and three")
+        (481, 264, ['three', 'Ġand', 'Ġthree'])
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + len(QWEN_VL_SPECIAL_TOKENS)

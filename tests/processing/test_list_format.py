@@ -1,9 +1,11 @@
 """The list format: equal to the original's recordings, in both directions."""
 
+import doctest
 import json
 
 import pytest
 
+import processing.list_format
 from processing.list_format import boxes_with_ref, from_list_format, list_format_parts, to_list_format
 
 
@@ -92,3 +94,9 @@ def test_parts_for_the_processor_keep_the_thousandths_of_the_boxes():
         {"type": "text", "text": "is "},
         {"type": "box", "bbox": [[1, 2, 3, 4]], "label": None, "normalized": 1000},
     ]
+
+
+def test_the_examples_in_the_docstrings_are_true():
+    result = doctest.testmod(processing.list_format, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
+    assert result.attempted == 4
