@@ -22,11 +22,12 @@ from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
+from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 MAX_PIXELS = 89_478_485  # Pillow's own border for "this may be a decompression bomb"
 MAX_BYTES = 256 * 2**20
@@ -98,7 +99,9 @@ def load_picture(source: Any, limits: PictureLimits = ANYTHING) -> Image.Image:
 
 
 def picture_size(source: Any, limits: PictureLimits = ANYTHING) -> tuple[int, int]:
-    """(height, width) of the picture that `load_picture` would give, without decoding its pixels.
+    """(height, width) of the picture that `load_picture` would give, from the head of the file where that is enough.
+
+    PNG is decoded: its EXIF tag may stand at the end of the file.
 
     Raises:
         ValueError: as `load_picture`, as far as the head of a file tells.
@@ -125,7 +128,8 @@ def describe(source: Any) -> str:
     if isinstance(source, bytes | bytearray):
         return f"{len(source)} bytes"
     if isinstance(source, Image.Image):
-        return getattr(source, "filename", "") or f"PIL picture {source.width}x{source.height}"
+        filename = source.filename if isinstance(source, ImageFile.ImageFile) else ""
+        return str(filename) or f"PIL picture {source.width}x{source.height}"
     if isinstance(source, np.ndarray | torch.Tensor):
         return f"{type(source).__name__} of shape {tuple(source.shape)} and type {source.dtype}"
     if isinstance(source, Mapping) and source.get("path"):
@@ -286,7 +290,10 @@ def _download(url: str, name: str, limits: PictureLimits) -> bytes:
             announced = response.headers.get("Content-Length")
             if announced is not None and announced.isdigit() and int(announced) != num_bytes:
                 raise ValueError(f"picture {name}: {num_bytes} of {announced} bytes arrived")
-    except (OSError, HTTPException) as error:  # OSError: also URLError, HTTPError and timeouts
+    except HTTPError as error:
+        error.close()  # it is the response, with an open connection
+        raise ValueError(f"picture {name} cannot be fetched: {_reason(error)}") from error
+    except (OSError, HTTPException) as error:  # OSError: also URLError and timeouts
         raise ValueError(f"picture {name} cannot be fetched: {_reason(error)}") from error
     return b"".join(chunks)
 

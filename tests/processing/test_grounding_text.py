@@ -235,10 +235,11 @@ def test_problems_come_in_the_order_of_the_text():
 
 
 HOSTILE = [
-    *("{", '{"', '"{', '{""', '{"\\', '\\"{', '{"a":"bbox_2d"}', '{"bbox_2d":', '{"bbox_2d": [', "bbox_2d", "[[", "```json\n"),
-    *('{"bbox_2d":[1,2,3,4]} x ', '[ {"bbox_2d":[1,2,3,4]}', " ", "(1,2),", "(", "((1", "<", "9"),
-    *("<box>", "</box>", "<box></box>", "<box>(1,", "<ref>", "<ref></ref>", "<quad>(1,2),", "<|box_start|>", "<|box_start|>("),
-]  # fmt: skip
+    *("{", '{"', '"{', '{""', '{"\\', '\\"{', "[[", "```json\n", " ", "(1,2),", "(", "((1", "<", "9", "bbox_2d"),
+    *('{"a":"bbox_2d"}', '{"bbox_2d":', '{"bbox_2d": [', '{"bbox_2d":[1,2,3,4]} x ', '[ {"bbox_2d":[1,2,3,4]}'),
+    *("<box>", "</box>", "<box></box>", "<box>(1,", "<ref>", "<ref></ref>", "<quad>(1,2),"),
+    *("<|box_start|>", "<|box_start|>("),
+]
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS.values(), ids=CONVENTIONS)
