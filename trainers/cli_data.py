@@ -22,7 +22,8 @@ def check(
         str | None, typer.Option(help="Shape of the rows; recognised from their columns if not given.")
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(help="Folder with a processor: lengths are counted in its tokens.")
+        str | None,
+        typer.Option(help="Folder, or name on the Hub, with a processor: lengths are counted in its tokens."),
     ] = None,
     root: Annotated[
         Path | None, typer.Option(help="Folder that relative picture paths start from; by default that of the file.")

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import tracemalloc
 
 import pytest
 from PIL import Image
@@ -219,6 +220,16 @@ def test_relative_paths_start_at_the_file_unless_a_root_is_named(tmp_path):
 def test_reading_again_starts_again_and_forgets_old_problems(tmp_path):
     reader = read_rows([GOOD, BAD], format="prefix_suffix", on_error="collect")
     assert len(list(reader)) == len(list(reader)) == len(reader.problems) == 1
+
+
+def test_jsonl_takes_no_more_memory_for_more_rows(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text((json.dumps({**GOOD, "suffix": "x" * 5_000}) + "\n") * 1_000)
+    tracemalloc.start()
+    num_rows = sum(1 for _ in read_rows(path))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (num_rows, peak < 500_000) == (1_000, True)  # the file has five million bytes
 
 
 def test_jsonl_is_read_line_by_line_and_not_ahead(tmp_path):
