@@ -135,17 +135,17 @@ class GroundingMixin:
                 waiting = []
             if part is None:
                 break
-            if part.get("type") == "ref":
+            if part.get("type") in ("ref", "document"):
                 check_part(part, place, num_before, len(frames))
-                part = {"type": "text", "text": render_ref(part["text"], self.convention)}
-            elif part.get("type") == "document":
-                check_part(part, place, num_before, len(frames))
-                frame = frames[part.get("image_index", num_before - 1)]
                 try:
-                    html = document_for_model(part["html"], frame, self.convention, outside, counts)
+                    if part["type"] == "ref":
+                        text = render_ref(part["text"], self.convention)
+                    else:
+                        frame = frames[part.get("image_index", num_before - 1)]
+                        text = document_for_model(part["html"], frame, self.convention, outside, counts)
                 except ValueError as error:
                     raise ValueError(f"{place}: {error}") from error
-                part = {"type": "text", "text": html}
+                part = {"type": "text", "text": text}
             elif part.get("type") not in _PASSED_ON:
                 known = ", ".join(sorted({*PART_KEYS, *_PASSED_ON}))
                 raise ValueError(
