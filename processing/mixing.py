@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from functools import partial
 from itertools import islice
+from operator import getitem
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -131,7 +132,7 @@ class Mixture(IterableDataset):
         rows: Any = list(self.sources.values())[number]
         if isinstance(rows, Sized):
             order = np.random.default_rng((self.seed, self.epoch, number, num_passes)).permutation(len(rows))
-            return (partial(rows.__getitem__, int(index)) for index in order)
+            return (partial(getitem, rows, int(index)) for index in order)
         return (partial(_itself, row) for row in rows)
 
 

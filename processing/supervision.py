@@ -80,6 +80,7 @@ class Supervision:
         special_in_text: Collection[str] = (),
         limits: PictureLimits = ANYTHING,
     ):
+        trained_messages([], train_on)  # refuses an unknown train_on now, not at the first row
         self.processor = processor
         self.length = length
         self.train_on = train_on

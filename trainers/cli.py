@@ -2,7 +2,7 @@
 
 import typer
 
-from . import cli_data
+from . import cli_data, cli_inspect
 
 app = typer.Typer(
     name="qwenvl",
@@ -14,3 +14,5 @@ app = typer.Typer(
 data = typer.Typer(help="Rows on disk: read them as training does.", no_args_is_help=True)
 data.command("check")(cli_data.check)
 app.add_typer(data, name="data")
+
+app.command("inspect")(cli_inspect.inspect)
