@@ -118,6 +118,19 @@ def test_the_adapter_reads_the_chosen_layer_and_patch_tokens():
 
 
 @torch.no_grad()
+def test_a_tower_that_interpolates_takes_larger_pictures():
+    model = from_vision_text(clip(), llama(), adapter="mlp")
+    larger = torch.randn(1, 3, 30, 20)
+    with pytest.raises(ValueError, match="doesn't match model"):
+        model.get_image_features(larger)
+    encoded = model.get_image_features(larger, interpolate_pos_encoding=True)
+    assert encoded.pooler_output[0].shape == (6 * 4, 36)
+    config = model.config
+    ids = torch.tensor([[config.image_start_token_id, *[config.image_token_id] * 24, config.image_end_token_id]])
+    assert model(ids, mm_encoder_outputs={"image": encoded}).logits.shape == (1, 26, 44)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("text", [llama, qwen2])
 def test_text_alone_gives_the_logits_of_the_language_model_alone(text):
     ids = torch.tensor([[7, 8, 9, 10]])
