@@ -1,7 +1,7 @@
 """A page as Markdown reads as one expects, and with its boxes it comes back whole."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from processing.coordinates import Box
@@ -65,6 +65,7 @@ CONTENT = {
 }
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(sorted(KINDS)), words)))
 def test_with_boxes_a_page_comes_back_whole(rows):
     elements = []

@@ -1,7 +1,7 @@
 """QwenVL HTML: what is built is what is read; boxes move and nothing else does; what is wrong is found, by line."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from processing.coordinates import CONVENTIONS, Box, Frame
@@ -50,6 +50,7 @@ def test_a_picture_without_words_may_stand_alone():
     assert (image.kind, image.box) == ("image", Box(1, 2, 3, 5))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(sorted(KINDS)), boxes, st.text(max_size=9), boxes | st.none())))
 def test_a_page_that_is_written_and_read_again_is_the_same_page(rows):
     elements = []
@@ -148,6 +149,7 @@ def test_what_a_model_reads_follows_its_convention_and_the_border_of_the_page():
         document_for_model('<p data-bbox="80 60 801 600">a</p>', frame, CONVENTIONS["qwen2_5_vl"])
 
 
+@settings(deadline=None)
 @given(boxes, st.sampled_from(["qwen2_5_vl", "qwen3_vl"]), st.integers(28, 2000), st.integers(28, 2000))
 def test_to_the_model_and_back_stays_within_half_a_unit(box, name, model_height, model_width):
     frame = Frame(height=800, width=800, model_height=model_height, model_width=model_width)

@@ -1,6 +1,6 @@
 """Columns are read left to right, each from top to bottom, and a line across the page ends the columns above it."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from processing.coordinates import Box
@@ -48,12 +48,14 @@ def test_no_boxes_have_an_order_too():
     assert reading_order([]) == []
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(*[st.integers(0, 40)] * 4)))
 def test_every_box_is_read_once(corners):
     page = [Box(x, y, x + width, y + height) for x, y, width, height in corners]
     assert sorted(reading_order(page)) == list(range(len(page)))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5), st.integers(1, 5), st.randoms())
 def test_a_grid_of_blocks_is_read_by_column_however_it_is_shuffled(num_columns, num_rows, random):
     grid = [Box(20 * x, 20 * y, 20 * x + 15, 20 * y + 15) for x in range(num_columns) for y in range(num_rows)]

@@ -4,7 +4,7 @@ import re
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from processing.tagged_text import parts_from_tags
@@ -44,11 +44,13 @@ piece = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(piece, max_size=9).map("".join))
 def test_parts_say_every_character_of_the_text_they_came_from(text):
     assert text_of(parts_from_tags(text)) == text
 
 
+@settings(deadline=None)
 @given(st.lists(piece, max_size=9).map("".join))
 def test_no_two_neighbours_share_a_label_because_they_would_share_one_ref_when_written(text):
     parts = parts_from_tags(text)

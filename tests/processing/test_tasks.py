@@ -1,9 +1,12 @@
 """The prompts and answers of stage 2 are, character by character, those of the paper's appendix B.1."""
 
 import pytest
+from PIL import Image
 
 from processing.coordinates import CONVENTIONS, Frame, make_shape
 from processing.grounding_text import render_ref, render_shapes
+from processing.processing_qwenvl import QwenVLProcessor
+from processing.supervision import encode
 from processing.tasks import (
     PROMPTS,
     TASKS,
@@ -140,6 +143,16 @@ def test_texts_next_to_each_other_are_one_part_because_they_are_tokenized_togeth
     _, answer = caption_with_grounding("p", ["A ", "dog ", {"label": "dog", "bbox": [2, 3, 5, 7]}]).messages
     assert [part["type"] for part in answer["content"]] == ["text", "box"]
     assert answer["content"][0]["text"] == " A dog "
+
+
+def test_with_the_real_vocabulary_the_loss_begins_at_the_blank_before_the_answer(original_folder):
+    processor = QwenVLProcessor.from_pretrained(original_folder)
+    encoded = encode(vqa(Image.new("RGB", (5, 7)), "Is it red?", "No"), processor)
+    ids, labels = encoded.input_ids.tolist(), encoded.labels.tolist()
+    first = labels.index(next(label for label in labels if label != -100))
+    prompt = processor.tokenizer.decode([token for token in ids[:first] if token != processor.image_token_id])
+    assert prompt == "<img></img> Is it red? Answer:"
+    assert ids[first:] == labels[first:] == [2308, 151643]  # " No", <|endoftext|>
 
 
 @pytest.mark.parametrize(
