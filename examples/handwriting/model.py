@@ -1,0 +1,63 @@
+"""An untrained small Qwen-VL of the real architecture, with a tokenizer trained on the scenes' text and its processor."""
+
+from collections.abc import Iterable
+
+from examples.handwriting.scenes import SIZE
+from modeling_qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
+from processing import QwenVLImageProcessorPil, QwenVLProcessor, train_qwenvl_tokenizer
+from processing.special_tokens import ENDOFTEXT, IM_END, IMG_END, IMG_START, IMGPAD
+
+PATCH = 7  # 8 x 8 patches of a scene, as many per side as a digit has pixels per 21: a digit is 3 x 3 patches
+NUM_QUERIES = 16  # the paper's ratio: a quarter of the patches
+WIDTH = 128
+LONGEST = 512  # tokens
+
+
+def make_processor(texts: Iterable[str]) -> QwenVLProcessor:
+    """The real processor for pictures of SIZE pixels, with a tokenizer of at most 700 ids trained on `texts`."""
+    tokenizer = train_qwenvl_tokenizer(texts, vocab_size=700)
+    return QwenVLProcessor(
+        QwenVLImageProcessorPil(size={"height": SIZE, "width": SIZE}), tokenizer, num_image_tokens=NUM_QUERIES
+    )
+
+
+def make_model(processor: QwenVLProcessor) -> QwenVLForConditionalGeneration:
+    """Tower (4 blocks), resampler (16 queries) and language model (4 layers), all 128 wide, at random."""
+    ids = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in (IMGPAD, IMG_START, IMG_END)}
+    stop, pad = processor.tokenizer.convert_tokens_to_ids([IM_END, ENDOFTEXT])
+    config = QwenVLConfig(
+        vision_config={
+            "model_type": "qwen_vl_vision",
+            "hidden_size": WIDTH,
+            "intermediate_size": 3 * WIDTH,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "image_size": SIZE,
+            "patch_size": PATCH,
+            "position_grid": SIZE // PATCH,
+            "initializer_range": 0.05,  # narrow layers: 0.02 is made for widths in the thousands
+        },
+        text_config={
+            "model_type": "qwen_vl_text",
+            "vocab_size": len(processor.tokenizer),
+            "hidden_size": WIDTH,
+            "intermediate_size": 3 * WIDTH,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "initializer_range": 0.05,
+            "seq_length": LONGEST,
+            "max_position_embeddings": LONGEST,
+        },
+        adapter_type="resampler",
+        adapter_init="local",
+        num_queries=NUM_QUERIES,
+        adapter_num_heads=4,
+        image_token_id=ids[IMGPAD],
+        image_start_token_id=ids[IMG_START],
+        image_end_token_id=ids[IMG_END],
+        tie_word_embeddings=True,
+    )
+    model = QwenVLForConditionalGeneration(config)
+    model.generation_config.eos_token_id = [stop, pad]
+    model.generation_config.pad_token_id = pad
+    return model

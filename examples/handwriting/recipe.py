@@ -1,0 +1,88 @@
+"""How long each part of the demonstration learns, from what, and how fast: the numbers that were tried and chosen.
+
+What was tried stands in docs/demo.md.
+"""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class StageRecipe:
+    """One stage of training.
+
+    mixture: task -> its share of the rows. Rows are made once and learned from again until `steps` are done.
+    seconds: what the stage took on two quiet cores; the demo shortens the stages by it when the machine is slower.
+    Rates are peaks of a cosine that ends at a fiftieth; `tower_rate` None: the tower is frozen.
+    """
+
+    steps: int
+    rows: int
+    batch_size: int
+    mixture: dict[str, float]
+    rate: float
+    seconds: float
+    adapter_rate: float | None = None
+    tower_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The whole run. tower_*: stage 0 of the tower; text: stage 0 of the language model; then the paper's stages."""
+
+    name: str
+    scenes: int
+    held_out: int
+    tower_steps: int
+    tower_batch_size: int
+    tower_rate: float
+    tower_seconds: float
+    text: StageRecipe
+    pretrain: StageRecipe
+    multitask: StageRecipe
+    sft: StageRecipe
+    limit_minutes: float
+
+
+SEVEN_TASKS = {
+    "caption": 2.0,
+    "reading": 1.5,
+    "seeing": 1.0,
+    "grounding": 3.0,
+    "referring": 1.0,
+    "ocr": 1.0,
+    "caption_with_grounding": 1.0,
+}
+CHAT = {"conversation": 2.0, "two pictures": 1.0}
+
+SHORT = Recipe(
+    name="short",
+    scenes=8000,
+    held_out=150,
+    tower_steps=1000,
+    tower_batch_size=16,
+    tower_rate=1.5e-3,
+    tower_seconds=45,
+    text=StageRecipe(200, 4000, 32, {**SEVEN_TASKS}, rate=2e-3, seconds=15),
+    pretrain=StageRecipe(300, 4000, 32, {"caption": 1.0}, rate=1e-3, adapter_rate=1e-3, tower_rate=1e-4, seconds=50),
+    multitask=StageRecipe(900, 12000, 32, SEVEN_TASKS, rate=1e-3, adapter_rate=1e-3, tower_rate=1e-4, seconds=180),
+    sft=StageRecipe(300, 4000, 24, CHAT, rate=5e-4, adapter_rate=5e-4, seconds=70),
+    limit_minutes=9.0,
+)
+
+
+def scaled(recipe: Recipe, factor: float, name: str) -> Recipe:
+    """The same recipe with every number of steps, and what it takes, times `factor`."""
+
+    def stage(one: StageRecipe) -> StageRecipe:
+        return replace(one, steps=max(1, round(one.steps * factor)), seconds=one.seconds * factor)
+
+    return replace(
+        recipe,
+        name=name,
+        tower_steps=max(1, round(recipe.tower_steps * factor)),
+        tower_seconds=recipe.tower_seconds * factor,
+        text=stage(recipe.text),
+        pretrain=stage(recipe.pretrain),
+        multitask=stage(recipe.multitask),
+        sft=stage(recipe.sft),
+    )

@@ -1,0 +1,91 @@
+"""The stages: rows of the scenes, encoded once, and the package's stage trainers with the demo's numbers."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from transformers import TrainerCallback
+
+from examples.handwriting.conversations import ASK, PLAIN, chat, two_pictures
+from examples.handwriting.recipe import StageRecipe
+from examples.handwriting.scenes import Scene
+from modeling_qwenvl import QwenVLForConditionalGeneration
+from processing import QwenVLProcessor
+from processing.collators import PaddedCollator
+from processing.encoded_example import EncodedExample
+from processing.example import Example
+from processing.tasks import pure_text
+from trainers.arguments import StageArguments
+from trainers.freezing import TrainedParts
+from trainers.stage_trainer import StageTrainer
+
+TURNS = 3  # of a conversation about one picture
+
+
+def rows(scenes: Sequence[Scene], mixture: dict[str, float], count: int, seed: int) -> Iterator[Example]:
+    """`count` rows, each about the next scene (or two), of tasks drawn by their shares.
+
+    A task is a name in `PLAIN`, "conversation" or "two pictures".
+    """
+    rng = np.random.default_rng(seed)
+    names, shares = list(mixture), np.array(list(mixture.values()))
+    for number, name in enumerate(rng.choice(names, size=count, p=shares / shares.sum())):
+        scene = scenes[number % len(scenes)]
+        if name == "two pictures":
+            yield two_pictures(scene, scenes[rng.integers(len(scenes))], rng, turns=TURNS)
+        elif name == "conversation":
+            yield chat(scene, rng, list(rng.choice(list(ASK), size=TURNS)))
+        else:
+            yield PLAIN[name](scene, rng)
+
+
+def text_of(example: Example, processor: QwenVLProcessor) -> Example:
+    """The text of a row without its picture, all of it to be learned: what the language model reads in stage 0."""
+    sizes = [(picture.height, picture.width) for picture in example.pictures]
+    parts = [p for message in processor.render_conversation(example.messages, sizes) for p in message["content"]]
+    return pure_text("".join(part["text"] for part in parts if part["type"] == "text").strip())
+
+
+def run_stage(
+    trainer_class: type[StageTrainer],
+    model: QwenVLForConditionalGeneration,
+    processor: QwenVLProcessor,
+    encoded: Sequence[EncodedExample],
+    recipe: StageRecipe,
+    seed: int,
+    output: Path,
+    callback: TrainerCallback,
+    trained: TrainedParts | None = None,
+) -> None:
+    """Trains `model` in place. `trained` overrides what the stage trains."""
+    arguments = StageArguments(
+        output_dir=str(output),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        learning_rate=recipe.rate,
+        adapter_learning_rate=recipe.adapter_rate,
+        tower_learning_rate=recipe.tower_rate,
+        tower_layer_decay=1.0,  # four blocks have no deep layers that know more than the first
+        adam_beta2=0.98,
+        adam_epsilon=1e-6,
+        weight_decay=0.05,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.02},
+        warmup_steps=min(30, recipe.steps // 2),
+        train_sampling_strategy="random",
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=seed,
+    )
+    trainer_class(
+        model=model,
+        args=arguments,
+        train_dataset=list(encoded),
+        data_collator=PaddedCollator(processor.tokenizer.pad_token_id),
+        processing_class=processor,
+        callbacks=[callback],
+        trained=trained,
+    ).train()
