@@ -183,6 +183,13 @@ def test_pictures_beside_a_text_may_be_named_or_encoded(processor, tmp_path, for
     assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
 
 
+def test_pictures_of_a_conversation_may_be_given_beside_it(processor):
+    beside = encode(processor, [user({"type": "image"}, text("three"))], processor_kwargs={"images": [BLUE]})
+    inside = encode(processor, [user(image(BLUE), text("three"))])
+    assert torch.equal(beside["pixel_values"], inside["pixel_values"])
+    assert beside["input_ids"].tolist() == inside["input_ids"].tolist()
+
+
 def test_texts_given_without_a_template_are_padded_on_the_left(processor):
     batch = processor(text=["three red digits", "three"], padding=True)
     assert batch["attention_mask"] == [[1] * len(batch["input_ids"][0]), [0] * (len(batch["input_ids"][0]) - 1) + [1]]
