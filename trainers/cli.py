@@ -2,7 +2,7 @@
 
 import typer
 
-from . import cli_data, cli_inspect
+from . import cli_chat, cli_data, cli_inspect
 
 app = typer.Typer(
     name="qwenvl",
@@ -16,3 +16,4 @@ data.command("check")(cli_data.check)
 app.add_typer(data, name="data")
 
 app.command("inspect")(cli_inspect.inspect)
+app.command("chat")(cli_chat.chat)

@@ -1,1 +1,1 @@
-"""From nothing to an answer on a real picture: a small Qwen-VL taught to read handwritten digits in its three stages."""
+"""From nothing to an answer on a real picture: a small Qwen-VL learns to read handwriting in its three stages."""

@@ -54,7 +54,7 @@ def seeing_question(scene: Scene, rng: Rng) -> tuple[str, str]:
     return f"Which colour is the {mark.name}?", mark.colour
 
 
-# --- Stages 1 and 2: the paper's seven tasks, in plain text -----------------------------------------------------------
+# --- Stages 1 and 2: the paper's seven tasks, in plain text ---
 
 
 def caption(scene: Scene, rng: Rng) -> Example:
@@ -92,7 +92,7 @@ def ocr(scene: Scene, rng: Rng) -> Example:
     return tasks.ocr_with_quads(scene.picture, lines, settings=tasks.Settings(blank_before_quad=False))
 
 
-# --- Stage 3: ChatML --------------------------------------------------------------------------------------------------
+# --- Stage 3: ChatML ---
 
 Turn = tuple[list[Part], list[Part]]  # question, answer
 

@@ -1,4 +1,4 @@
-"""An untrained small Qwen-VL of the real architecture, with a tokenizer trained on the scenes' text and its processor."""
+"""An untrained small Qwen-VL of the real architecture, and its processor with a tokenizer made for the scenes."""
 
 from collections.abc import Iterable
 

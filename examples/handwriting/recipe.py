@@ -86,3 +86,6 @@ def scaled(recipe: Recipe, factor: float, name: str) -> Recipe:
         multitask=stage(recipe.multitask),
         sft=stage(recipe.sft),
     )
+
+
+LONG = replace(scaled(SHORT, 3.6, "long"), limit_minutes=29.0)

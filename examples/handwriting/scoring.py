@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binomtest
 
-from examples.handwriting.conversations import ASK, PLAIN, chat, two_pictures
+from examples.handwriting.conversations import PLAIN, chat, two_pictures
 from examples.handwriting.scenes import Scene
 from processing.example import Example
 from processing.metrics import exact_match, iou
@@ -90,7 +90,9 @@ def _sizes(example: Example) -> list[tuple[int, int]]:
     return [(picture.height, picture.width) for picture in example.pictures]
 
 
-def ask(model, processor, scenes: Sequence[Scene], style: str, seed: int, tasks=tuple(TASKS)) -> dict[str, list[Answer]]:
+def ask(
+    model, processor, scenes: Sequence[Scene], style: str, seed: int, tasks=tuple(TASKS)
+) -> dict[str, list[Answer]]:
     """The answers (greedy) to one question per scene and task, by task."""
     answers = {}
     for task in tasks:

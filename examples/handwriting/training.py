@@ -4,9 +4,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from transformers import TrainerCallback
+from transformers import PrinterCallback
 
 from examples.handwriting.conversations import ASK, PLAIN, chat, two_pictures
+from examples.handwriting.progress import CountingCollator, StageProgress, Watch
 from examples.handwriting.recipe import StageRecipe
 from examples.handwriting.scenes import Scene
 from modeling_qwenvl import QwenVLForConditionalGeneration
@@ -39,6 +40,18 @@ def rows(scenes: Sequence[Scene], mixture: dict[str, float], count: int, seed: i
             yield PLAIN[name](scene, rng)
 
 
+def texts_of_all_tasks(scenes: Sequence[Scene]) -> Iterator[str]:
+    """What the tokenizer learns from: all texts of all tasks about these scenes, and what the templates add."""
+    rng = np.random.default_rng(0)
+    for scene in scenes:
+        examples = [make(scene, rng) for make in PLAIN.values()]
+        examples += [chat(scene, rng, list(ASK)), two_pictures(scene, scenes[0], rng)]
+        for message in (message for example in examples for message in example.messages):
+            for part in message["content"]:
+                yield from (part[key] for key in ("text", "label") if part.get(key))
+        yield from ("system\nYou are a helpful assistant.", "user\n", "assistant\n", "Picture 1: ", "(123,456),(7,8)")
+
+
 def text_of(example: Example, processor: QwenVLProcessor) -> Example:
     """The text of a row without its picture, all of it to be learned: what the language model reads in stage 0."""
     sizes = [(picture.height, picture.width) for picture in example.pictures]
@@ -54,7 +67,7 @@ def run_stage(
     recipe: StageRecipe,
     seed: int,
     output: Path,
-    callback: TrainerCallback,
+    watch: Watch,
     trained: TrainedParts | None = None,
 ) -> None:
     """Trains `model` in place. `trained` overrides what the stage trains."""
@@ -80,12 +93,17 @@ def run_stage(
         use_cpu=True,
         seed=seed,
     )
-    trainer_class(
+    trainer = trainer_class(
         model=model,
         args=arguments,
         train_dataset=list(encoded),
-        data_collator=PaddedCollator(processor.tokenizer.pad_token_id),
+        data_collator=CountingCollator(PaddedCollator(processor.tokenizer.pad_token_id), watch),
         processing_class=processor,
-        callbacks=[callback],
+        callbacks=[StageProgress(watch)],
         trained=trained,
-    ).train()
+    )
+    trainer.remove_callback(PrinterCallback)
+    # Trainer puts the tokenizer's single end token there; an answer in ChatML ends with another.
+    stops = model.generation_config.eos_token_id
+    trainer.train()
+    model.generation_config.eos_token_id = stops

@@ -1,0 +1,208 @@
+"""One run from nothing: scenes, tokenizer, model, stage 0, the three stages, and the scores in between."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+
+from rich.progress import Progress
+from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+
+from examples.handwriting.digits import DEV_FORMS, TEST_FORMS, TRAIN_FORMS, digits_of
+from examples.handwriting.model import make_model, make_processor
+from examples.handwriting.progress import Watch, timed
+from examples.handwriting.recipe import Recipe, StageRecipe
+from examples.handwriting.results import BLIND, Run, StageRun
+from examples.handwriting.scenes import Scene, make_scenes
+from examples.handwriting.scoring import TASKS, Score, ask, commonest_answer, questions, score
+from examples.handwriting.stage0 import train_tower
+from examples.handwriting.training import rows, run_stage, text_of, texts_of_all_tasks
+from modeling_qwenvl import parameter_counts
+from processing.supervision import Supervision
+from trainers.evaluation import Answer
+from trainers.freezing import TrainedParts
+from trainers.multitask import QwenVLMultiTaskTrainer
+from trainers.pretrain import QwenVLPretrainTrainer
+from trainers.sft import QwenVLSFTTrainer
+from trainers.stage_trainer import StageTrainer
+
+TOWER_DIGITS = 4  # per scene of the tower's stage 0: twice the lessons per picture
+QUESTION_SEED = 7
+"""Everything below depends on the seed but the held-out scenes and the questions about them."""
+
+
+@dataclass
+class Taught:
+    """What a run leaves: measurements, the saved model, answers after stage 3, and the scenes of both sides."""
+
+    run: Run
+    model_dir: Path
+    answers: dict[str, list[Answer]]
+    training_scenes: list[Scene]
+    held_out: list[Scene]
+
+
+class Lesson:
+    """Teaches one model; `teach` does it all.
+
+    Args:
+        train_forms, test_forms: whose digits are learned from and asked about.
+        deadline: `perf_counter()` at which the last step should be done, evaluations included: from stage 1 on, steps
+            are left out where the machine is slower than the recipe's.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        seed: int,
+        output: Path,
+        progress: Progress,
+        deadline: float,
+        train_forms: Sequence[int] = (*TRAIN_FORMS, *DEV_FORMS),
+        test_forms: Sequence[int] = TEST_FORMS,
+    ):
+        self.recipe, self.seed, self.output, self.progress, self.deadline = recipe, seed, output, progress, deadline
+        self.seconds: dict[str, float] = {}
+        self.stages: list[StageRun] = []
+        self.scores: dict[str, dict[str, Score]] = {}
+        self.slowness = 1.0
+        set_seed(seed)
+        with timed(self.seconds, "scenes and tokenizer"):
+            digits = digits_of(tuple(train_forms))
+            self.scenes = make_scenes(digits, recipe.scenes, seed=100 + seed)
+            self.tower_scenes = make_scenes(digits, recipe.scenes, 200 + seed, TOWER_DIGITS, TOWER_DIGITS)
+            self.held_out = make_scenes(digits_of(tuple(test_forms)), recipe.held_out, seed=300)
+            self.processor = make_processor(texts_of_all_tasks(self.scenes[:300]))
+        self.model = make_model(self.processor)
+
+    def teach(self) -> Taught:
+        self._stage0_tower()
+        self._stage0_text()
+        self._measure("stage 0", "plain")
+        self._stage("stage 1", QwenVLPretrainTrainer, self.recipe.pretrain, "tower, adapter", "captions")
+        self._measure("stage 1", "plain")
+        self._stage("stage 2", QwenVLMultiTaskTrainer, self.recipe.multitask, "everything", "the paper's seven tasks")
+        self._measure("stage 2", "plain")
+        self._stage(
+            "stage 3",
+            QwenVLSFTTrainer,
+            self.recipe.sft,
+            "adapter, language model",
+            "ChatML conversations, also about two pictures",
+        )
+        model_dir = self.output / "model"
+        self.model.save_pretrained(model_dir)
+        self.processor.save_pretrained(model_dir)
+        # From here on only what is on the disk counts.
+        self.model = AutoModelForImageTextToText.from_pretrained(model_dir)
+        self.processor = AutoProcessor.from_pretrained(model_dir)
+        answers = self._measure("stage 3", "chat")
+        self._measure(BLIND, "chat", [scene.blanked() for scene in self.held_out])
+        commonest = {
+            task: commonest_answer(questions(self.held_out, task, "chat", QUESTION_SEED), self.processor)
+            for task in TASKS
+            if task not in ("grounding", "ocr")
+        }
+        counts = {name: total for name, (total, _) in parameter_counts(self.model).items()}
+        run = Run(self.seed, counts, self.stages, self.scores, commonest, self.seconds)
+        return Taught(run, model_dir, answers, self.scenes + self.tower_scenes, self.held_out)
+
+    def _stage0_tower(self) -> None:
+        recipe = self.recipe
+        with timed(self.seconds, "pixels"):
+            pictures = [scene.picture for scene in self.tower_scenes]
+            pixels = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        watch = Watch(self.progress, "stage 0, tower: digits and places", recipe.tower_steps)
+        train_tower(
+            self.model.model.visual,
+            self.tower_scenes,
+            pixels,
+            recipe.tower_steps,
+            recipe.tower_batch_size,
+            recipe.tower_rate,
+            watch.on_step,
+        )
+        self.slowness = max(1.0, watch.seconds / recipe.tower_seconds)
+        self._keep(
+            "stage 0, tower",
+            "tower",
+            "a digit, colour and box per patch",
+            recipe.tower_steps,
+            recipe.tower_steps,
+            recipe.tower_batch_size,
+            len(pictures),
+            watch,
+        )
+
+    def _stage0_text(self) -> None:
+        trained = TrainedParts(("language_model", "embeddings"))
+        self._stage(
+            "stage 0, text",
+            QwenVLMultiTaskTrainer,
+            self.recipe.text,
+            "language model",
+            "texts without pictures",
+            trained,
+        )
+
+    def _stage(
+        self,
+        name: str,
+        trainer_class: type[StageTrainer],
+        planned: StageRecipe,
+        trained_words: str,
+        learned_from: str,
+        trained: TrainedParts | None = None,
+    ) -> None:
+        recipe = self._in_time(planned)
+        with timed(self.seconds, "texts to ids"):
+            made = rows(self.scenes, recipe.mixture, recipe.rows, seed=1000 * self.seed + len(self.stages))
+            made = (text_of(example, self.processor) for example in made) if trained else made
+            encoded = list(Supervision(self.processor).stream(made))
+        watch = Watch(self.progress, f"{name}: {learned_from}", recipe.steps)
+        run_stage(trainer_class, self.model, self.processor, encoded, recipe, self.seed, self.output, watch, trained)
+        self._keep(
+            name, trained_words, learned_from, planned.steps, recipe.steps, recipe.batch_size, len(encoded), watch
+        )
+
+    def _in_time(self, planned: StageRecipe) -> StageRecipe:
+        """`planned` with so many steps that this stage and those after it end before the deadline."""
+        after = [self.recipe.text, self.recipe.pretrain, self.recipe.multitask, self.recipe.sft]
+        needed = self.slowness * sum(stage.seconds for stage in after[after.index(planned) :])
+        left = self.deadline - perf_counter()
+        share = min(1.0, max(left, 0.0) / needed)
+        return replace(planned, steps=max(1, round(planned.steps * share)))
+
+    def _keep(
+        self,
+        name: str,
+        trained: str,
+        learned_from: str,
+        planned: int,
+        steps: int,
+        batch_size: int,
+        num_rows: int,
+        watch: Watch,
+    ) -> None:
+        self.seconds[name] = watch.seconds
+        self.stages.append(
+            StageRun(
+                name,
+                trained,
+                learned_from,
+                planned,
+                steps,
+                batch_size,
+                num_rows,
+                watch.num_tokens,
+                watch.seconds,
+                watch.losses,
+            )
+        )
+
+    def _measure(self, moment: str, style: str, scenes: Sequence[Scene] | None = None) -> dict[str, list[Answer]]:
+        self.progress.console.print(f"asking {len(self.held_out)} held-out questions per task: {moment}")
+        with timed(self.seconds, "scores"):
+            answers = ask(self.model, self.processor, scenes or self.held_out, style, QUESTION_SEED)
+        self.scores[moment] = score(answers)
+        return answers
