@@ -1,23 +1,37 @@
 """Tiny random models of each family, and batches that fit them. Sizes are small; seeds are fixed."""
 
+import json
+from functools import cache
+
 import pytest
 import torch
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
     Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
     set_seed,
 )
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
 from modeling_qwenvl.configuration_qwenvl import QwenVLConfig
 from modeling_qwenvl.modeling_qwenvl import QwenVLForConditionalGeneration
+from processing.image_processing_pil_qwenvl import QwenVLImageProcessorPil
+from processing.processing_qwenvl import QwenVLProcessor
+from processing.special_tokens import QWEN2_VL_SPECIAL_TOKENS, QWEN_VL_SPECIAL_TOKENS
 
 IMAGE_ID, START_ID, END_ID, VOCABULARY = 90, 91, 92, 97
 GRID = (1, 4, 4)  # frames, patch rows, patch columns of every picture: 4 visual tokens after merging 2 x 2
@@ -197,3 +211,71 @@ def make_rows():
 @pytest.fixture(params=list(BUILDERS))
 def family(request) -> str:
     return request.param
+
+
+# Folders as `from_pretrained` takes them, for tests of whole runs.
+
+_CHATML = (
+    "{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\n' -}}"
+    "{%- if message.content is string -%}{{- message.content -}}{%- else -%}{%- for part in message.content -%}"
+    "{%- if part.type == 'image' -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}"
+    "{%- else -%}{{- part.text -}}{%- endif -%}{%- endfor -%}{%- endif -%}{{- '<|im_end|>\n' -}}{%- endfor -%}"
+)
+
+
+def _processor(family: str):
+    """One token per byte; pictures of 8 x 8 pixels become 4 tokens."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = QWEN_VL_SPECIAL_TOKENS if family == "qwen_vl" else QWEN2_VL_SPECIAL_TOKENS
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|endoftext|>", clean_up_tokenization_spaces=False
+    )
+    if family == "qwen_vl":
+        return QwenVLProcessor(QwenVLImageProcessorPil(size={"height": 8, "width": 8}), fast, num_image_tokens=4)
+    pictures = Qwen2VLImageProcessorPil(patch_size=2, merge_size=2, size={"shortest_edge": 16, "longest_edge": 64})
+    classes = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}
+    return classes[family](pictures, fast, Qwen2VLVideoProcessor(), chat_template=_CHATML)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """model_folder("qwen2_5_vl") -> a folder with a tiny random model and its processor."""
+
+    @cache
+    def _folder(family: str):
+        processor = _processor(family)
+        set_seed(0)
+        model = BUILDERS[family]()
+        config = model.config
+        ids = processor.tokenizer.convert_tokens_to_ids
+        config.image_token_id = processor.image_token_id
+        config.text_config.vocab_size = 8 * (len(processor.tokenizer) // 8 + 1)
+        if family == "qwen_vl":
+            config.image_start_token_id, config.image_end_token_id = ids("<img>"), ids("</img>")
+        else:
+            config.vision_start_token_id, config.vision_end_token_id = ids("<|vision_start|>"), ids("<|vision_end|>")
+            config.video_token_id = ids("<|video_pad|>")
+        folder = tmp_path_factory.mktemp(family)
+        type(model)(config).save_pretrained(folder)
+        processor.save_pretrained(folder)
+        return folder
+
+    return _folder
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    """A .jsonl of 12 rows: a grey picture of 8 x 8 pixels, and its brightness as the answer."""
+    lines = []
+    for number in range(12):
+        Image.new("RGB", (8, 8), (20 * number,) * 3).save(tmp_path / f"{number}.png")
+        question = [{"type": "image", "image": f"{number}.png"}, {"type": "text", "text": "How bright?"}]
+        answer = {"role": "assistant", "content": f"{20 * number} of 255"}
+        lines.append(json.dumps({"messages": [{"role": "user", "content": question}, answer]}))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
