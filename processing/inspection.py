@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
 
@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from .chat_spans import IGNORE
-from .coordinates import Pair, from_model, to_model
+from .coordinates import Box, Pair, Shape, from_model, to_model
+from .document_boxes import map_boxes
 from .encoded_example import EncodedExample
 from .example import Example, Source
 from .grounding_mixin import GroundingMixin, shapes_in_pixels
@@ -202,15 +203,30 @@ def _shapes(example: Example, draft: Draft) -> list[list[SeenShape]]:
     for message in example.messages[: draft.num_messages]:
         for part in () if isinstance(message["content"], str) else message["content"]:
             num_before += part["type"] == "image"
-            if part["type"] not in SHAPES:
-                continue
-            for shape in shapes_in_pixels(part, frames, num_before, "refuse", None):
+            shapes: list[Shape] = []
+            if part["type"] in SHAPES:
+                shapes = shapes_in_pixels(part, frames, num_before, "refuse", None)
+            elif part["type"] == "document":
+                index = part.get("image_index", num_before - 1)
+                shapes = [replace(box, image_index=index) for box in _boxes_of_document(part["html"])]
+            for shape in shapes:
                 frame = frames[shape.image_index]
                 corners = from_model(to_model(shape, frame, processor.convention), frame, processor.convention)
                 scale_x, scale_y = frame.model_width / frame.width, frame.model_height / frame.height
                 scaled = tuple((x * scale_x, y * scale_y) for x, y in corners)
                 found[shape.image_index].append(SeenShape(shape.kind, scaled, shape.label))
     return found
+
+
+def _boxes_of_document(html: str) -> list[Box]:
+    boxes: list[Box] = []
+
+    def note(box: Box) -> tuple[float, ...]:
+        boxes.append(box)
+        return box.x1, box.y1, box.x2, box.y2
+
+    map_boxes(html, note)
+    return boxes
 
 
 def pictures_from_pixels(vision: dict[str, Tensor] | Any, image_processor: Any) -> list[Image.Image]:

@@ -99,6 +99,16 @@ def test_shapes_stand_where_the_model_reads_them(grounded, processor):
     assert [(shape.kind, shape.corners) for shape in second.shapes] == [("point", ((4, 24),))]
 
 
+def test_boxes_of_a_document_are_shown_too(processor):
+    html = '<body><p data-bbox="8 8 56 24">a</p><p data-bbox="8 32 56 48">b</p></body>'
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": picture(64, 64)}]},
+        {"role": "assistant", "content": [{"type": "document", "html": html}]},
+    ]
+    (seen,) = inspect_example(Example(messages), Supervision(processor)).pictures
+    assert [shape.corners for shape in seen.shapes] == [((4, 4), (28, 12)), ((4, 16), (28, 24))]
+
+
 def test_what_the_length_policy_leaves_out_is_shown_once(grounded, processor):
     whole = inspect_example(grounded, Supervision(processor))
     supervise = Supervision(processor, length=LengthPolicy(whole.length - 1, ("trim", "drop")))

@@ -4,11 +4,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from processing.chat_spans import IGNORE
 from processing.collators import PackedCollator, PaddedCollator
 from processing.encoded_example import EncodedExample
+from processing.example import Example
 from processing.packing import fill, mrope_positions, pack, pack_stream
+from processing.supervision import Supervision
 
 
 def test_the_longest_goes_first_into_the_first_row_with_room():
@@ -95,12 +98,12 @@ def test_grids_that_do_not_fit_the_tokens_are_refused():
 VOCAB, PICTURE, VIDEO = 53, 47, 48  # token ids
 
 
-def tiny_model(family: str):
+def tiny_model(family: str, vocab_size: int = VOCAB, image_token_id: int = PICTURE):
     """A random model of `family`: 2 layers, M-RoPE over 8 frequencies; patches of 2 x 2 pixels, merged 2 x 2."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     text = {
-        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2,
+        "vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "use_cache": True,
         "bos_token_id": 1, "eos_token_id": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
@@ -118,7 +121,7 @@ def tiny_model(family: str):
         },
     }[family]  # fmt: skip
     config = AutoConfig.for_model(
-        family, text_config=text, vision_config=vision, image_token_id=PICTURE, video_token_id=VIDEO,
+        family, text_config=text, vision_config=vision, image_token_id=image_token_id, video_token_id=VIDEO,
         vision_start_token_id=45, vision_end_token_id=46, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -206,6 +209,24 @@ def test_packed_equals_padded_with_m_rope(family, attention):
         example([0, *[1] * 2, 0, *[1] * 3, 0, 0, 0], seed=3, grids=[[1, 4, 2], [1, 2, 6]]),
     ]
     assert_packed_equals_padded(model, examples, PackedCollator(merge_size=2))
+
+
+def test_rows_packed_on_the_whole_way_from_examples_equal_padded_ones(byte_processor):
+    processor = byte_processor("qwen3_vl")
+    model = tiny_model("qwen3_vl", len(processor.tokenizer), processor.image_token_id)
+
+    def conversation(question, answer, *pictures):
+        parts = [{"type": "image", "image": Image.new("RGB", size, (40, 90, 200))} for size in pictures]
+        user = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
+        return Example([user, {"role": "assistant", "content": answer}])
+
+    examples = [
+        conversation("What?", "A plate.", (32, 16)),
+        conversation("1+1?", "2"),
+        conversation("Which is larger?", "The first.", (24, 24), (8, 12)),
+    ]
+    encoded = list(Supervision(processor).stream(examples))
+    assert_packed_equals_padded(model, encoded, PackedCollator.for_processor(processor))
 
 
 @pytest.mark.parametrize("family", M_ROPE)
