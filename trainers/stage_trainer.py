@@ -122,12 +122,13 @@ class StageTrainer(CheckpointMixin):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
+        # In evaluation the plain loss, whose exponential is the perplexity.
+        label_smoothing = z_loss = 0.0
         if model.training:
+            label_smoothing, z_loss = self.args.label_smoothing_factor, self.args.z_loss
             self.freeze.set_modes()
             self.saw_pictures |= inputs.get("pixel_values") is not None
-        loss, outputs = supervised_loss(
-            model, inputs, num_items_in_batch, self.args.label_smoothing_factor, self.args.z_loss
-        )
+        loss, outputs = supervised_loss(model, inputs, num_items_in_batch, label_smoothing, z_loss)
         if num_items_in_batch is not None:
             # The weight is that of all devices, and DistributedDataParallel averages what they contribute.
             loss = loss * self.accelerator.num_processes

@@ -194,6 +194,17 @@ def test_old_checkpoints_are_deleted_beyond_the_limit(make_trainer, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-4"]
 
 
+def test_a_checkpoint_is_pushed_once_it_has_its_name(make_trainer, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self: None)
+    monkeypatch.setattr(
+        Trainer, "_push_from_checkpoint", lambda self, folder: pushed.append((folder, what_is_missing(Path(folder))))
+    )
+    monkeypatch.setattr(Trainer, "_finish_current_push", lambda self: None)
+    make_trainer(tmp_path, push_to_hub=True, max_steps=2).train()
+    assert pushed == [(str(tmp_path / "checkpoint-2"), [])]
+
+
 def test_weights_in_several_files_are_loaded_whole(build, tmp_path):
     model, other = build("qwen2_5_vl"), build("qwen2_5_vl", 1)
     model.save_pretrained(tmp_path, save_original_format=False, max_shard_size="50KB")

@@ -118,8 +118,8 @@ def test_weights_smoothing_and_z_loss_of_the_settings_reach_the_loss(make_traine
     assert abs(expected - plain) > 0.01
 
 
-def test_evaluation_reports_the_mean_over_a_batchs_tokens(make_trainer, make_rows, collate, build):
-    trainer = make_trainer(per_device_eval_batch_size=3)
+def test_evaluation_reports_the_plain_mean_over_a_batchs_tokens(make_trainer, make_rows, collate, build):
+    trainer = make_trainer(per_device_eval_batch_size=3, label_smoothing_factor=0.1, z_loss=0.1)
     expected = supervised_loss(build("qwen2_5_vl").eval(), collate(make_rows("qwen2_5_vl", 3, seed=100)))[0].item()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-6)
 
