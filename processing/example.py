@@ -59,11 +59,11 @@ class RowError(ValueError):
 class Example:
     """One example. What `messages` holds depends on `kind`.
 
-    | kind         | messages                                  | also                                       |
-    |--------------|-------------------------------------------|--------------------------------------------|
-    | "sft"        | the whole conversation, ends with an answer | -                                        |
-    | "preference" | the prompt, ends with the user            | chosen, rejected: lists of assistant turns |
-    | "reward"     | the prompt, ends with the user            | solution: what the reward functions compare with |
+    | kind         | messages                                    | also                                             |
+    |--------------|---------------------------------------------|--------------------------------------------------|
+    | "sft"        | the whole conversation, ends with an answer |                                                  |
+    | "preference" | the prompt, ends with the user              | chosen, rejected: lists of assistant turns       |
+    | "reward"     | the prompt, ends with the user              | solution: what the reward functions compare with |
 
     A message is `{"role": "system" | "user" | "assistant", "content": str | list[part]}` and may carry `"weight"`
     (loss weight, a number >= 0) and `"train"` (bool). The parts are described in `parts.py`.
@@ -98,6 +98,8 @@ class Example:
             raise ValueError(f"kind is {self.kind!r}, it must be one of {', '.join(get_args(Kind))}")
         if self.style not in get_args(Style):
             raise ValueError(f"style is {self.style!r}, it must be one of {', '.join(get_args(Style))}")
+        if self.task is not None and (not isinstance(self.task, str) or not self.task):
+            raise ValueError(f"task is {shorten(self.task)}, it must be text, or None")
         if not is_number(self.weight) or self.weight <= 0:
             raise ValueError(f"weight is {self.weight!r}, it must be a number > 0 (leave the row out to weigh it 0)")
         given = {name: getattr(self, name) is not None for name in ("chosen", "rejected", "solution")}

@@ -21,16 +21,19 @@ _HTML_BOX = re.compile(r"<\w+[^<>]*\bdata-bbox\s*=", re.IGNORECASE)
 
 
 def fits_qwenvl(row: Row) -> bool:
-    return bool(_speakers(row)) and _speakers(row) <= set(_QWENVL_ROLES)
+    return bool(_speakers(row)) and _speakers(row) <= set(map(repr, _QWENVL_ROLES))
 
 
 def fits_llava(row: Row) -> bool:
-    return bool(_speakers(row)) and _speakers(row) <= set(_LLAVA_ROLES)
+    return bool(_speakers(row)) and _speakers(row) <= set(map(repr, _LLAVA_ROLES))
 
 
-def _speakers(row: Row) -> set[Any]:
+def _speakers(row: Row) -> set[str]:
+    """The speakers as they would be typed: whatever a row holds there can stand in a set."""
     turns = row.get("conversations")
-    return {turn.get("from") for turn in turns if isinstance(turn, Mapping)} if isinstance(turns, list) else set()
+    return (
+        {repr(turn.get("from")) for turn in turns if isinstance(turn, Mapping)} if isinstance(turns, list) else set()
+    )
 
 
 def read_qwenvl(row: Row, root: PictureRoot) -> Fields:
@@ -102,7 +105,7 @@ def _turns(row: Row, roles: dict[str, str]) -> list[tuple[str, str]]:
         where = f"conversations[{number}]"
         if not isinstance(turn, Mapping) or set(turn) != {"from", "value"}:
             raise ValueError(f"{where} must be {{'from': .., 'value': ..}}, it is {shorten(turn)}")
-        if turn["from"] not in roles:
+        if not isinstance(turn["from"], str) or turn["from"] not in roles:
             raise ValueError(f"{where} is from {turn['from']!r}, it must be one of {', '.join(roles)}")
         if not isinstance(turn["value"], str):
             raise ValueError(f"{where} has the value {shorten(turn['value'])}, it must be text")

@@ -22,7 +22,7 @@ def fits_task(row: Row) -> bool:
 
 def read_task(row: Row, root: PictureRoot) -> Fields:
     """{"task": "vqa", "image": "a.png", "question": "Who?", "answer": "Ada", "language": "en"}."""
-    if row["task"] not in TASKS:
+    if not isinstance(row["task"], str) or row["task"] not in TASKS:
         raise ValueError(f"task is {row['task']!r}, it must be one of {', '.join(TASKS)}")
     needed, optional = fields_of(row["task"])
     fields = {key: row[key] for key in FIELDS if row.get(key) is not None}

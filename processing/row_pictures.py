@@ -32,7 +32,7 @@ class PictureRoot:
                 raise ValueError(
                     f"a picture is given as {shorten(dict(picture))}; a dictionary may hold bytes and path"
                 )
-            picture = picture["path"] if picture.get("bytes") is None else picture["bytes"]
+            picture = picture.get("path") if picture.get("bytes") is None else picture["bytes"]
         if picture is None or picture == "":
             raise ValueError("a picture is empty: its path or bytes are missing")
         if isinstance(picture, str | Path) and self.root is not None and not _NOT_A_PATH.match(str(picture)):
@@ -72,7 +72,8 @@ def with_pictures(
             raise ValueError(f"{len(pictures)} picture(s) but no user message to show them in")
         empty = [{"type": "image"} for _ in pictures]
         content = contents[first]
-        contents[first] = [*empty, *([{"type": "text", "text": content}] if isinstance(content, str) else content)]
+        given = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        contents[first] = [*empty, *given]
     if len(empty) != len(pictures):
         raise ValueError(
             f"{len(empty)} {PLACEHOLDER} but {len(pictures)} picture(s): give one placeholder per picture, in the "

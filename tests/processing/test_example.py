@@ -163,6 +163,8 @@ def test_fields_that_a_kind_does_not_read_are_refused():
         Example([*prompt, ANSWER], solution="2")
     with pytest.raises(ValueError, match="kind is 'dpo'"):
         Example(prompt, kind="dpo")
+    with pytest.raises(ValueError, match="task is 7, it must be text, or None"):
+        Example([*prompt, ANSWER], task=7)
     with pytest.raises(ValueError, match="weight is 0, it must be a number > 0"):
         Example([*prompt, ANSWER], weight=0)
 

@@ -67,9 +67,16 @@ def test_a_picture_keeps_the_number_that_the_text_gives_it_and_gets_no_other():
 
 
 def test_boxes_side_by_side_are_one_part_under_the_label_before_them():
-    assert parts_from_tags("<ref>bees</ref><box>(2,3),(5,7)</box><box>(11,13),(17,19)</box>") == [
-        {"type": "box", "bbox": [[2, 3, 5, 7], [11, 13, 17, 19]], "normalized": 1000, "label": "bees"}
-    ]
+    text = "<ref>bees</ref><box>(2,3),(5,7)</box><box>(11,13),(17,19)</box><box>(23,29),(31,37)</box>"
+    shapes = [[2, 3, 5, 7], [11, 13, 17, 19], [23, 29, 31, 37]]
+    assert parts_from_tags(text) == [{"type": "box", "bbox": shapes, "normalized": 1000, "label": "bees"}]
+
+
+def test_a_label_that_is_said_twice_stays_said_twice():
+    text = "<ref>bee</ref><box>(2,3),(5,7)</box><ref>bee</ref><box>(11,13),(17,19)</box>"
+    parts = parts_from_tags(text)
+    assert [part["type"] for part in parts] == ["box", "ref", "box"]
+    assert text_of(parts) == text
 
 
 def test_a_blank_between_phrase_and_quad_stays_and_keeps_them_apart():
