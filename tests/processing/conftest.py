@@ -4,7 +4,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from processing.special_tokens import QWEN2_VL_SPECIAL_TOKENS
+from processing.special_tokens import QWEN2_VL_SPECIAL_TOKENS, QWEN_VL_SPECIAL_TOKENS
 
 CHATML = (
     "{%- set state = namespace(pictures=0) -%}"
@@ -82,3 +82,13 @@ def byte_processor(byte_tokenizer):
         )
 
     return build
+
+
+@pytest.fixture(scope="session")
+def byte_qwen_vl_processor():
+    """QwenVLProcessor on bytes: pictures of 28 x 28 pixels, 7 tokens each."""
+    from processing.image_processing_pil_qwenvl import QwenVLImageProcessorPil
+    from processing.processing_qwenvl import QwenVLProcessor
+
+    tokenizer = make_byte_tokenizer(QWEN_VL_SPECIAL_TOKENS, "<|endoftext|>")
+    return QwenVLProcessor(QwenVLImageProcessorPil(size={"height": 28, "width": 28}), tokenizer, num_image_tokens=7)

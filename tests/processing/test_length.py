@@ -132,14 +132,10 @@ def test_no_limit_ever_cuts_a_picture_or_an_answer(processor, max_length):
     assert text_of(fitted, processor).endswith("<|im_end|>\n")
 
 
-def test_families_of_one_resolution_cannot_shrink(original_tokenizer):
-    from processing.image_processing_pil_qwenvl import QwenVLImageProcessorPil
-    from processing.processing_qwenvl import QwenVLProcessor
-
-    processor = QwenVLProcessor(QwenVLImageProcessorPil(), original_tokenizer)
+def test_families_of_one_resolution_cannot_shrink(byte_qwen_vl_processor):
     long = example([picture(8, 8), {"type": "text", "text": "?"}], "b")
-    with pytest.raises(RowError, match=r"\(256 of them for 1 pictures\), but max_length is 200"):
-        encode(long, processor, length=LengthPolicy(200))
+    with pytest.raises(RowError, match=r"\(7 of them for 1 pictures\), but max_length is 50"):
+        encode(long, byte_qwen_vl_processor, length=LengthPolicy(50))
 
 
 def test_a_smaller_limit_leaves_the_processor_as_it_was(processor):
