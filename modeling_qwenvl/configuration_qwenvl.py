@@ -183,8 +183,8 @@ class QwenVLConfig(PreTrainedConfig):
             if reference is None or str(reference).split("--")[-1].split(".")[0] not in REMOTE_CODE_MODULES
         }
         super().__post_init__(**kwargs)
-        # One truth for tied embeddings: the text config of a seed may say it, and so may we.
         self._check_text()
+        # One truth for tied embeddings: the text config of a seed may say it, and so may we.
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         self.text_config.tie_word_embeddings = self.tie_word_embeddings
         self._check_vision()

@@ -290,7 +290,8 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
             The model in evaluation mode, everything trainable except the resampler's fixed table.
 
         Raises:
-            ValueError: the language model does more to its logits than our head can (`QwenVLConfig` says which).
+            ValueError: the language model does more to its logits than our head can (`QwenVLConfig` says which), or a
+                field that `QwenVLConfig` does not have.
 
         Example:
             >>> tokenizer = AutoTokenizer.from_pretrained("Qwen/Qwen2.5-1.5B")
@@ -300,6 +301,9 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
             >>> model.config.num_image_tokens
             576
         """
+        unknown = config_kwargs.keys() - QwenVLConfig.__dataclass_fields__.keys()
+        if unknown:
+            raise ValueError(f"QwenVLConfig has no field {', '.join(sorted(unknown))}.")
         tower = load_tower(vision, dtype)
         decoder, ids = load_text(text, dtype, tokenizer, extra_tokens)
         config = QwenVLConfig(

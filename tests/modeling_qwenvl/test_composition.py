@@ -164,6 +164,11 @@ def test_tokens_that_a_tokenizer_knows_keep_their_ids(tokenizer):
     assert len(tokenizer) == 42
 
 
+def test_a_misspelt_setting_is_refused():
+    with pytest.raises(ValueError, match="no field num_querys"):
+        from_vision_text(clip(), llama(), adapter="resampler", num_querys=4)
+
+
 def test_extra_tokens_need_a_tokenizer():
     with pytest.raises(ValueError, match=r"'<box>'.*need the tokenizer"):
         from_vision_text(clip(), llama(), adapter="mlp", extra_tokens=("<box>",))
