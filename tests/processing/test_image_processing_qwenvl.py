@@ -67,6 +67,15 @@ def test_black_and_white_become_minus_and_plus_what_mean_and_std_say(processor_c
     torch.testing.assert_close(red.mean((1, 2)), torch.tensor(expected), rtol=0, atol=1e-6)
 
 
+def test_pil_pixels_are_those_of_pillows_bicubic_resize_scaled_and_normalised():
+    noise = np.random.default_rng(3).integers(0, 256, (41, 67, 4), dtype=np.uint8)
+    picture = PIL.Image.fromarray(noise)
+    resized = np.asarray(picture.convert("RGB").resize((28, 28), PIL.Image.Resampling.BICUBIC), dtype=np.float64)
+    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+    expected = torch.tensor((resized / 255 - mean) / std).permute(2, 0, 1).float()
+    torch.testing.assert_close(pixels(QwenVLImageProcessorPil(), picture, 28), expected, rtol=0, atol=1e-6)
+
+
 @BOTH
 def test_the_aspect_ratio_is_not_kept(processor_class):
     left_half_white = np.zeros((10, 20, 3), dtype=np.uint8)
