@@ -2,7 +2,7 @@
 
 import typer
 
-from . import cli_chat, cli_data, cli_inspect
+from . import cli_chat, cli_data, cli_inspect, cli_train
 
 app = typer.Typer(
     name="qwenvl",
@@ -17,3 +17,7 @@ app.add_typer(data, name="data")
 
 app.command("inspect")(cli_inspect.inspect)
 app.command("chat")(cli_chat.chat)
+
+app.command("train")(cli_train.train)
+app.command("estimate")(cli_train.estimate)
+app.command("merge")(cli_train.merge)

@@ -20,11 +20,8 @@ hardware.per_device_batch_size 1
     parts, optimizer, hardware, data = recipe.parts, recipe.optimizer, recipe.hardware, recipe.data
     at_once = hardware.devices * hardware.per_device_batch_size
     quantized = recipe.model.quantization == "nf4"
-    tower_is_plain = (parts.tower.learning_rate, parts.tower.layer_decay, parts.tower.last_blocks) == (
-        None,
-        1.0,
-        None,
-    )
+    tower = parts.tower
+    tower_is_plain = (tower.learning_rate, tower.layer_decay, tower.last_blocks) == (None, 1.0, None)
     weights = {file.weight for file in data.train}
     rules = [
         (

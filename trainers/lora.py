@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
 from trainers.families import embedding_modules, find_parts, unwrap
 from trainers.recipes import LoraSection, Recipe
@@ -121,7 +121,8 @@ def _lora_config(
     paths = {id(module): path for path, module in model.named_modules()}
     embedding_paths = [paths[id(module)] for module in embedding_modules(model)]
     whole = whole_modules(model, ["adapter"]) if recipe.parts.adapter.train == "full" else []
-    tied = model.config.get_text_config().tie_word_embeddings
+    weights = [module.weight for module in embedding_modules(model)]
+    tied = len(weights) == 2 and weights[0] is weights[1]
     if embeddings == "full":
         # The tied head follows the embedding (ensure_weight_tying).
         whole += embedding_paths[:1] if tied else embedding_paths
@@ -138,13 +139,13 @@ def _lora_config(
     )
 
 
-def quantization_config(config: PreTrainedConfig, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+def quantization_config(path: str | Path, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     """4 bits (NF4, double quantisation; arXiv 2305.14314) for the language model's linear layers and nothing else.
 
-    `config` is the model's, so that tower, adapter and head can be named before anything is loaded.
+    `path` is the model's: its config tells the names of tower, adapter and head before anything is loaded.
     """
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
     part_of = find_parts(model).part_of
     spared = [
         path

@@ -71,11 +71,13 @@ def merge_into(base: PreTrainedModel, adapter: Path) -> tuple[PreTrainedModel, M
             f"{', '.join(homeless[:3])}. Was it trained from another model?"
         )
 
+    weights = [module.weight for module in embedding_modules(base)]
+    tied = len(weights) == 2 and weights[0] is weights[1]
     model = load_lora(base.float(), adapter).merge_and_unload()
     for name, tensor in model.state_dict(keep_vars=True).items():
         tensor.data = tensor.data.to(dtypes[name])
     fate = dict.fromkeys(before, "copied") | dict(targets.values())
-    if model.config.get_text_config().tie_word_embeddings:
+    if tied:
         model.tie_weights()
         names = {id(module): f"{path}.weight" for path, module in model.named_modules()}
         embedding, *heads = [names[id(module)] for module in embedding_modules(model)]

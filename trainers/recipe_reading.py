@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import is_pydantic_dataclass
 
 from trainers.recipes import Recipe
 
@@ -151,5 +152,5 @@ def _keys(section: Any, prefix: str = "") -> Iterator[str]:
         yield prefix + entry.name
         # `Section`, `Section | None` and `tuple[Section, ...]` alike.
         for kind in (entry.type, *get_args(entry.type)):
-            if dataclasses.is_dataclass(kind):
+            if is_pydantic_dataclass(kind):
                 yield from _keys(kind, f"{prefix}{entry.name}.")

@@ -153,8 +153,8 @@ class DataSection:
 
     `max_length`: tokens of a row, pictures' included. `too_long`: what is done with rows that stay longer after their
     pictures were made smaller and their last turns left out. `picture_side`: pixels; the native model sees a square of
-    this side, the later families at most this side squared in area. `pictures_per_row` is only what the memory
-    estimate assumes. `packing`: several rows of one task in one sequence of `max_length`.
+    this side, the later families at most this side squared in area. `packing`: several rows of one task in one
+    sequence of `max_length`, which then is what a device takes at once.
     """
 
     train: tuple[DataFile, ...] = ()
@@ -162,7 +162,6 @@ class DataSection:
     max_length: Count = 2048
     too_long: Literal["raise", "drop"] = "raise"
     picture_side: Count = 448
-    pictures_per_row: Count = 1
     packing: bool = False
     workers: Annotated[int, Ge(0)] = 2
 
@@ -177,6 +176,15 @@ class HardwareSection:
     per_device_batch_size: Count = 1
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     sharding: Literal["none", "full"] = "none"
+
+
+@dataclass(frozen=True, config=CHECKED)
+class EstimateSection:
+    """What the memory estimate assumes of a row of `data.max_length` tokens: how many pictures it has, and which share
+    of its text is supervised (1.0 is the worst case)."""
+
+    pictures_per_row: Count = 1
+    supervised_share: Annotated[float, Gt(0), Le(1)] = 1.0
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -217,6 +225,7 @@ class Recipe:
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     data: DataSection = field(default_factory=DataSection)
     hardware: HardwareSection = field(default_factory=HardwareSection)
+    estimate: EstimateSection = field(default_factory=EstimateSection)
     run: RunSection = field(default_factory=RunSection)
 
     def __post_init__(self) -> None:

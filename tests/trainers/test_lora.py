@@ -259,7 +259,7 @@ def quantized(tmp_path, build, family):
     return AutoModelForImageTextToText.from_pretrained(
         tmp_path / "base",
         dtype=torch.float32,
-        quantization_config=quantization_config(model.config, torch.float32),
+        quantization_config=quantization_config(tmp_path / "base", torch.float32),
         device_map={"": "cpu"},
     )
 
@@ -279,7 +279,7 @@ def test_four_bits_reach_every_linear_layer_of_the_language_model_and_no_other(q
 def test_a_skip_list_that_misses_the_tower_is_noticed(tmp_path, build):
     model = build("qwen2_5_vl")
     model.save_pretrained(tmp_path / "base")
-    config = quantization_config(model.config, torch.float32)
+    config = quantization_config(tmp_path / "base", torch.float32)
     config.llm_int8_skip_modules = ["visual", "lm_head"]
     wrong = AutoModelForImageTextToText.from_pretrained(
         tmp_path / "base", dtype=torch.float32, quantization_config=config, device_map={"": "cpu"}

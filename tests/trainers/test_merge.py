@@ -51,7 +51,7 @@ def trained(tmp_path, build, make_rows, collate):
             model.tie_weights()
         model.save_pretrained(tmp_path / "base")
         (tmp_path / "base" / "processor_config.json").write_text('{"from": "base"}')
-        quantization = {"quantization_config": quantization_config(model.config, dtype)} if quantized else {}
+        quantization = {"quantization_config": quantization_config(tmp_path / "base", dtype)} if quantized else {}
         model = AutoModelForImageTextToText.from_pretrained(
             tmp_path / "base", dtype="auto", device_map={"": "cpu"}, **quantization
         )

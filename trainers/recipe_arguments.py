@@ -1,0 +1,84 @@
+"""Recipe -> StageArguments (transformers' TrainingArguments): one table of names, and the few values to work out."""
+
+from typing import Any
+
+import torch
+
+from trainers.arguments import StageArguments
+from trainers.recipes import Recipe
+
+# Key of a recipe -> name of an argument, where the value goes over as it is.
+ARGUMENT_OF: dict[str, str] = {
+    "optimizer.learning_rate": "learning_rate",
+    "optimizer.warmup_steps": "warmup_steps",
+    "optimizer.beta1": "adam_beta1",
+    "optimizer.beta2": "adam_beta2",
+    "optimizer.epsilon": "adam_epsilon",
+    "optimizer.weight_decay": "weight_decay",
+    "optimizer.max_grad_norm": "max_grad_norm",
+    "optimizer.label_smoothing": "label_smoothing_factor",
+    "optimizer.z_loss": "z_loss",
+    "parts.tower.learning_rate": "tower_learning_rate",
+    "parts.tower.layer_decay": "tower_layer_decay",
+    "parts.adapter.learning_rate": "adapter_learning_rate",
+    "parts.embeddings.learning_rate": "embeddings_learning_rate",
+    "data.workers": "dataloader_num_workers",
+    "hardware.per_device_batch_size": "per_device_train_batch_size",
+    "run.output_dir": "output_dir",
+    "run.seed": "seed",
+    "run.log_every": "logging_steps",
+    "run.save_every": "save_steps",
+    "run.keep_checkpoints": "save_total_limit",
+    "run.report_to": "report_to",
+}
+SCHEDULERS = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
+OPTIMIZERS = {"float32": "adamw_torch_fused", "8bit": "adamw_bnb_8bit", "8bit_paged": "paged_adamw_8bit"}
+
+
+def stage_arguments(recipe: Recipe) -> StageArguments:
+    """The trainer's settings that `recipe` stands for.
+
+    Raises ValueError if this run has another number of devices than the recipe, so that the global batch would differ.
+
+    Example:
+        >>> arguments = stage_arguments(load_recipe("paper_sft"))
+        >>> arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs, arguments.gradient_accumulation_steps
+        (<SchedulerType.COSINE_WITH_MIN_LR: 'cosine_with_min_lr'>, {'min_lr_rate': 0.1}, 128)
+    """
+    values: dict[str, Any] = {name: _value(recipe, key) for key, name in ARGUMENT_OF.items()}
+    optimizer, hardware = recipe.optimizer, recipe.hardware
+    values |= {
+        "max_steps": -1 if optimizer.max_steps is None else optimizer.max_steps,
+        "num_train_epochs": 1.0 if optimizer.epochs is None else optimizer.epochs,
+        "gradient_accumulation_steps": recipe.accumulation_steps,
+        "lr_scheduler_type": SCHEDULERS[optimizer.schedule],
+        "optim": OPTIMIZERS[optimizer.states],
+        "bf16": hardware.precision == "bfloat16",
+        "per_device_eval_batch_size": hardware.per_device_batch_size,
+        "eval_strategy": "no" if recipe.run.evaluate_every is None else "steps",
+        "eval_steps": recipe.run.evaluate_every,
+        "save_strategy": "steps",
+        # Packed rows come to the trainer encoded.
+        "resolution": None if recipe.data.packing else recipe.data.picture_side,
+        "max_length": None if recipe.data.packing else recipe.data.max_length,
+        "fsdp": True if hardware.sharding == "full" else None,
+        "use_cpu": not torch.accelerator.is_available(),
+    }
+    if optimizer.schedule == "cosine":
+        # As a share, so that parts with their own rate end at the same share of it.
+        values["lr_scheduler_kwargs"] = {"min_lr_rate": optimizer.min_learning_rate / optimizer.learning_rate}
+    arguments = StageArguments(**values)
+    if arguments.world_size != hardware.devices:
+        raise ValueError(
+            f"The recipe {recipe.name} is for {hardware.devices} device(s), this run has {arguments.world_size}: "
+            f"start it with `torchrun --nproc-per-node {hardware.devices} -m trainers.train`, or set hardware.devices "
+            f"to {arguments.world_size} (the global batch stays {optimizer.global_batch_size})."
+        )
+    return arguments
+
+
+def _value(recipe: Recipe, key: str) -> Any:
+    value: Any = recipe
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value

@@ -1,0 +1,117 @@
+"""Recipe -> Examples to train on and to evaluate on. Rows are read and checked at the start, pictures when used."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from processing.collators import PackedCollator
+from processing.encoded_example import EncodedExample
+from processing.example import Example, RowError
+from processing.length import LengthPolicy
+from processing.mixing import Mixture
+from processing.rows import read_rows
+from processing.sampling import PackedBatchSampler
+from processing.supervision import Supervision
+from trainers.recipes import DataFile, Recipe
+from trainers.stages import Stage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RecipeData:
+    """What a stage trainer takes. Without `collator` the rows are Examples, which the trainer encodes itself."""
+
+    train: Any
+    validation: Any
+    collator: Callable[[Sequence[Any]], dict[str, Any]] | None
+
+
+def load_recipe_data(
+    recipe: Recipe, stage: Stage, processor: Any, tokens_per_second: float | None = None
+) -> RecipeData:
+    """Reads `data.train` and `data.validation`.
+
+    All rows once per epoch, or a mixture where the files have different weights, or packed. `processor` is at the
+    resolution of the run. `tokens_per_second`: of the model's vision config, for packed videos of Qwen2.5-VL.
+
+    Raises ValueError (RowError with file, line and id) for rows that cannot be read, and if there are none.
+    """
+    data = recipe.data
+    if not data.train:
+        raise ValueError(f"The recipe {recipe.name} names no rows: set data.train to a list of {{path: ...}}.")
+    supervise = Supervision(processor, length=LengthPolicy(data.max_length, ("shrink", "trim", data.too_long)))
+    files = [_read(file, recipe, stage, supervise) for file in data.train]
+    train = [example for examples in files for example in examples]
+    held_out = [example for file in data.validation for example in _read(file, recipe, stage, supervise)] or None
+    if data.packing:
+        collator = PackedRowsCollator(PackedCollator.for_processor(processor, tokens_per_second))
+        held_out_sequences = None if held_out is None else _packed(held_out, recipe, stage, supervise)
+        return RecipeData(_packed(train, recipe, stage, supervise), held_out_sequences, collator)
+    if len({file.weight for file in data.train}) == 1:
+        return RecipeData(train, held_out, None)
+    # Numbered, since the same file may be listed twice.
+    names = [f"{number} {file.path}" for number, file in enumerate(data.train)]
+    weights = dict(zip(names, (file.weight for file in data.train), strict=True))
+    mixture = Mixture(dict(zip(names, files, strict=True)), weights, stop="all", seed=recipe.run.seed)
+    return RecipeData(mixture, held_out, None)
+
+
+class PackedRows(Dataset):
+    """Each item is the encoded examples that fill one sequence. Who goes with whom is decided once, by the seed."""
+
+    def __init__(
+        self, examples: Sequence[Example], supervise: Supervision, sequences: Sequence[Sequence[int]]
+    ) -> None:
+        self.examples, self.supervise, self.sequences = examples, supervise, sequences
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, index: int) -> list[EncodedExample]:
+        encoded = [self.supervise(self.examples[i]) for i in self.sequences[index]]
+        return [example for example in encoded if example is not None]
+
+
+@dataclass(frozen=True)
+class PackedRowsCollator:
+    """Joins the sequences of a batch into one row: `PackedCollator` keeps their examples apart anyway."""
+
+    collator: PackedCollator
+
+    def __call__(self, sequences: Sequence[Sequence[EncodedExample]]) -> dict[str, Any]:
+        return self.collator([example for sequence in sequences for example in sequence])
+
+
+def _read(file: DataFile, recipe: Recipe, stage: Stage, supervise: Supervision) -> list[Example]:
+    examples = [_in_style(example, stage) for example in read_rows(file.path, format=file.format)]
+    if recipe.data.too_long == "drop":
+        kept = [example for example in examples if supervise.measure(example) is not None]
+        if len(kept) < len(examples):
+            logger.warning(
+                "%s: %d of %d rows are too long and left out.", file.path, len(examples) - len(kept), len(examples)
+            )
+        examples = kept
+    if not examples:
+        raise ValueError(f"{file.path} has no row to train on.")
+    return examples
+
+
+def _in_style(example: Example, stage: Stage) -> Example:
+    # The paper's stages 1 and 2 write prompt and answer one after the other, without roles.
+    try:
+        return replace(example, style=stage.label_style)
+    except ValueError as error:
+        raise RowError(example.source, f"{error} (stage {stage.name})") from error
+
+
+def _packed(examples: list[Example], recipe: Recipe, stage: Stage, supervise: Supervision) -> PackedRows:
+    lengths = [supervise.measure(example) or 0 for example in examples]
+    tasks = [example.task for example in examples] if stage.packs_by_task else None
+    sequences = PackedBatchSampler(lengths, recipe.data.max_length, tasks, seed=recipe.run.seed).all_batches()
+    filled = sum(lengths) / (len(sequences) * recipe.data.max_length)
+    logger.info("%d rows packed into %d sequences, %.0f%% full.", len(examples), len(sequences), 100 * filled)
+    return PackedRows(examples, supervise, sequences)
