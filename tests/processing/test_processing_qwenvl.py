@@ -84,6 +84,16 @@ def test_a_given_system_message_takes_the_place_of_the_default_one(processor):
     assert rendered == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
 
 
+def test_of_an_answer_that_is_not_known_only_a_line_break_is_left_as_in_the_original_chat(processor):
+    conversation = [user(text("a")), {"role": "assistant", "content": None}, user(text("b"))]
+    expected = f"{SYSTEM}<|im_start|>user\na<|im_end|>\n\n<|im_start|>user\nb<|im_end|>\n"
+    assert processor.apply_chat_template(conversation) == expected
+    newline, message_start = processor.tokenizer.convert_tokens_to_ids(["Ċ", "<|im_start|>"])
+    ids = encode(processor, conversation)["input_ids"][0].tolist()
+    second_user = [place for place, index in enumerate(ids) if index == message_start][-1]
+    assert ids[second_user - 2 : second_user] == [newline, newline]
+
+
 def test_the_plain_template_adds_nothing_but_the_end_of_an_answer(processor):
     conversation = [user(image(), text(" Is it red? Answer:")), assistant(" Yes.")]
     rendered = processor.apply_chat_template(conversation, chat_template="plain")
