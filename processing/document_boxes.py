@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from html.parser import HTMLParser
 
 from .coordinates import Box, Convention, Frame, Outside, fit, from_model, to_model
 from .documents import format_numbers
+from .html_reader import HtmlReader
 
 _BBOX = re.compile(r"""(\bdata-bbox\s*=\s*)("[^"]*"|'[^']*'|[^\s"'>/]+)""", re.IGNORECASE)
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
@@ -41,25 +41,20 @@ def map_boxes(html: str, move: Callable[[Box], Sequence[float]]) -> str:
     return "".join([*pieces, html[position:]])
 
 
-class _StartTags(HTMLParser):
+class _StartTags(HtmlReader):
     """The start tags that have a data-bbox, as (position, text)."""
 
     def __init__(self, html: str):
-        super().__init__(convert_charrefs=False)
-        self.line_starts = [0, *(match.end() for match in re.finditer("\n", html))]
+        super().__init__(html, convert_charrefs=False)
         self.found: list[tuple[int, str]] = []
-        self.feed(html)
-        self.close()
+        self.read()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         names = [name for name, _ in attrs]
         if "data-polygon" in names:
             raise ValueError(f"<{tag}> has a data-polygon, which is not read: give a data-bbox instead")
         if "data-bbox" in names:
-            line, column = self.getpos()
-            text = self.get_starttag_text()
-            assert text is not None, "the parser has just read it"
-            self.found.append((self.line_starts[line - 1] + column, text))
+            self.found.append((self.position, self.start_tag))
 
 
 def read_bbox(value: str) -> Box:

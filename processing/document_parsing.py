@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html.parser import HTMLParser
 from typing import Literal
 
 from .coordinates import Box
 from .document_boxes import read_bbox
 from .documents import KINDS, Document, Element
+from .html_reader import HtmlReader
 from .reading_order import reading_order
 
 _FENCE = re.compile(r"^\s*```(?:html)?[ \t]*\n|\n?[ \t]*```\s*$")
@@ -126,29 +126,25 @@ class _Open:
     contents: list[tuple[str, int, int]] | None = None  # (tag, start, end of the inside) of the tags directly inside
 
 
-class _Reader(HTMLParser):
+class _Reader(HtmlReader):
     """Elements, boxes and problems of one page."""
 
     def __init__(self, html: str):
-        super().__init__(convert_charrefs=False)
-        self.html = html
-        self.line_starts = [0, *(match.end() for match in re.finditer("\n", html))]
+        super().__init__(html, convert_charrefs=False)
         self.elements: list[Element] = []
         self.lines: list[int] = []
         self.problems: list[DocumentProblem] = []
         self.boxes: list[tuple[int, str, Box, Box | None]] = []  # (line, tag, box, box of the tag around it)
         self.stack: list[_Open] = []
-        self.feed(html)
-        self.close()
+        self.read()
+        if self.has_marked_section:
+            line = html.count("\n", 0, html.index("<![")) + 1
+            self.report("markup", "<![ is no HTML; in a text it is written &lt;![", line)
         for opened in self.stack:
             self.report("markup", f"<{opened.tag}> is not closed", opened.line)
 
     def report(self, aspect: Aspect, reason: str, line: int | None = None) -> None:
         self.problems.append(DocumentProblem(self.getpos()[0] if line is None else line, reason, aspect))
-
-    def here(self) -> int:
-        line, column = self.getpos()
-        return self.line_starts[line - 1] + column
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag in _CONTAINERS and not self.stack:
@@ -158,9 +154,7 @@ class _Reader(HTMLParser):
         outer = next((opened.box for opened in reversed(self.stack) if opened.box), None)
         if box:
             self.boxes.append((self.getpos()[0], tag, box, outer))
-        text = self.get_starttag_text()
-        assert text is not None, "the parser has just read it"
-        opened = _Open(tag, attributes, self.getpos()[0], self.here() + len(text), box, contents=[])
+        opened = _Open(tag, attributes, self.getpos()[0], self.position + len(self.start_tag), box, contents=[])
         if tag not in _VOID:
             self.stack.append(opened)
         elif not self.stack:
@@ -182,7 +176,7 @@ class _Reader(HTMLParser):
             return
         while (opened := self.stack.pop()).tag != tag:
             self.report("markup", f"<{opened.tag}> is not closed before </{tag}>", opened.line)
-        inside = (tag, opened.inner_start, self.here())
+        inside = (tag, opened.inner_start, self.position)
         if self.stack:
             assert self.stack[-1].contents is not None
             self.stack[-1].contents.append(inside)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import html
 import re
-from html.parser import HTMLParser
+
+from .html_reader import HtmlReader
 
 _RULE = re.compile(r"\|(?:\s*:?-+:?\s*\|)+")
 
 
-class _Cells(HTMLParser):
+class _Cells(HtmlReader):
     """Texts inside <td>, <th> and <li>, by row; whether a cell spans several."""
 
     def __init__(self, content: str):
-        super().__init__(convert_charrefs=True)
+        super().__init__(content, convert_charrefs=True)
         self.rows: list[list[str]] = []
         self.has_spans = False
         self.is_inside = False
-        self.feed(content)
-        self.close()
+        self.read()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag == "tr" or tag == "li":

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from processing.coordinates import CONVENTIONS, Box, Frame
 from processing.document_boxes import document_for_model, document_from_model, rescale_document
+from processing.document_markdown import to_markdown
 from processing.document_parsing import check_document, parse_document
 from processing.documents import KINDS, MARKUP_KINDS, Document, Element, document_from_annotations, element
 
@@ -180,6 +181,7 @@ def test_to_the_model_and_back_stays_within_half_a_unit(box, name, model_height,
             '<div class="formula" data-bbox="1 2 3 5">a</div>',
             [("content", 'line 1: <div class="formula"> holds 0 <div>')],
         ),
+        ('\n<p data-bbox="1 2 3 5">a<![CDATA[b</p>', [("markup", "line 2: <![ is no HTML; in a text it is written")]),
         ("hello", [("content", "line 1: text outside elements: 'hello'")]),
     ],
 )
@@ -190,6 +192,62 @@ def test_problems_are_found_with_their_line_and_aspect(html, problems):
     ] == problems
     with pytest.raises(ValueError, match=r"the document has \d problem\(s\): line"):
         parse_document(html)
+
+
+pieces = st.sampled_from(
+    [
+        *(
+            '<p data-bbox="1 2 3 5">',
+            "</p>",
+            '<img data-bbox="1 2 3 5" />',
+            '<div class="formula" data-bbox="1 2 3 5">',
+        ),
+        *(
+            "<div>",
+            "</div>",
+            "<table data-bbox=1,2,3,5>",
+            "<tr>",
+            "<td>",
+            "<!--",
+            "-->",
+            "<![",
+            "<![CDATA[",
+            "<?",
+            "<!",
+        ),
+        *(
+            "<",
+            ">",
+            '"',
+            "=",
+            "&",
+            "&#x;",
+            "a",
+            "\n",
+            "<style>",
+            "</style>",
+            "<script>",
+            "<html>",
+            "</",
+            "/>",
+            "```",
+            "$$",
+        ),
+    ]
+)
+
+
+@settings(deadline=None)
+@given(st.lists(pieces, max_size=12).map("".join))
+def test_whatever_a_model_writes_is_read_or_reported(html):
+    page = parse_document(html, on_error="collect").document
+    to_markdown(page, boxes=True)
+    check_document(html, 50, 50, check_order=True)
+    try:
+        moved = rescale_document(html, 1, 1)
+    except ValueError:
+        return
+    assert len(moved) >= len(html) - 1  # 1,2,3,5 gets quotes, "1 2 3 5" stays
 
 
 def test_good_elements_beside_a_bad_one_are_kept():

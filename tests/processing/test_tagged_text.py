@@ -102,6 +102,7 @@ def test_one_corner_in_a_box_is_a_point():
             "<box>(1,2),(3,1000)</box>",
             "<box> holds '(1,2),(3,1000)', wanted is (x1,y1),(x2,y2) or (x,y) in whole numbers",
         ),
+        ("<box>(1000,2),(3,4)</box>", "<box> holds '(1000,2),(3,4)'"),
         ("<box>(1, 2),(3,4)</box>", "without blanks"),
         ("<box>(1.5,2),(3,4)</box>", "whole numbers from 0 to 999"),
         ("<box>(-1,2),(3,4)</box>", "whole numbers from 0 to 999"),
