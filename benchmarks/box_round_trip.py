@@ -18,8 +18,9 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
+from processing.answer_parsing import parse_shapes
 from processing.coordinates import CONVENTIONS, Box, Convention, Frame, from_model
-from processing.grounding_text import parse_shapes, render_shapes
+from processing.grounding_text import render_shapes
 from processing.smart_resize import smart_resize
 
 FACTORS = {"qwen2_vl": 28, "qwen2_5_vl": 28, "qwen3_vl": 32}

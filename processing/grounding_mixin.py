@@ -14,11 +14,20 @@ from typing import Any, ClassVar
 
 from transformers.utils.chat_template_utils import mark_control_tokens
 
+from .answer_parsing import parse_shapes
+from .conversation_pictures import (
+    has_shapes,
+    is_picture,
+    parts_of,
+    sizes_of_pictures,
+    with_loaded_pictures,
+    without_nones,
+)
 from .coordinates import Convention, Frame, Outside, Shape, fit, make_shape
 from .document_boxes import document_for_model
-from .grounding_text import ParsedAnswer, parse_shapes, render_ref, render_shapes
-from .parts import IMAGE_KEYS, PART_KEYS, SHAPES, Part, check_part, shapes_of
-from .pictures import ANYTHING, PictureLimits, load_picture, picture_size
+from .grounding_text import ParsedAnswer, render_ref, render_shapes
+from .parts import PART_KEYS, SHAPES, Part, check_part, shapes_of
+from .pictures import ANYTHING, PictureLimits
 
 Message = dict[str, Any]
 Size = tuple[int, int]  # (height, width)
@@ -82,9 +91,9 @@ class GroundingMixin:
             [{'role': 'user', 'content': [{'type': 'image'},
              {'type': 'text', 'text': '<ref>cup</ref><box>(100,100),(200,200)</box>'}]}]
         """
-        num_pictures = sum(map(_is_picture, _parts(messages)))
+        num_pictures = sum(map(is_picture, parts_of(messages)))
         if image_sizes is None:
-            if _has_shapes(messages):
+            if has_shapes(messages):
                 raise ValueError(
                     "the conversation has shapes: give image_sizes, (height, width) of each original picture"
                 )
@@ -100,9 +109,9 @@ class GroundingMixin:
         for number, message in enumerate(messages):
             content = message.get("content")
             if isinstance(content, list | tuple):
-                parts = [_without_nones(part) for part in content]
+                parts = [without_nones(part) for part in content]
                 content = self._render_parts(parts, f"message {number}", frames, num_before, outside, counts)
-                num_before += sum(map(_is_picture, parts))
+                num_before += sum(map(is_picture, parts))
                 message = {**message, "content": content}
             rendered.append(message)
         return rendered
@@ -151,7 +160,7 @@ class GroundingMixin:
                 raise ValueError(
                     f"{place} has type {part.get('type')!r}, which nothing would render; known are {known}"
                 )
-            num_before += _is_picture(part)
+            num_before += is_picture(part)
             rendered.append(part)
         return rendered
 
@@ -163,7 +172,7 @@ class GroundingMixin:
         image_index: int | None = None,
         outside: Outside = "refuse",
     ) -> ParsedAnswer:
-        """The shapes of an answer in pixels of the original pictures; see `grounding_text.parse_shapes`.
+        """The shapes of an answer in pixels of the original pictures; see `answer_parsing.parse_shapes`.
 
         text: decoded with `skip_special_tokens=False`. image_sizes: (height, width) of the original pictures.
 
@@ -204,7 +213,7 @@ class GroundingMixin:
         if sizes is not None and len(sizes) != len(batch):
             raise ValueError(f"{len(batch)} conversation(s), but image_sizes for {len(sizes)}")
         if tokenize:
-            batch = [_with_loaded_pictures(messages, picture_limits) for messages in batch]
+            batch = [with_loaded_pictures(messages, picture_limits) for messages in batch]
         processor_kwargs = dict(processor_kwargs or {})
         if sanitize_control_tokens and tokenize and not kwargs.get("return_assistant_tokens_mask"):
             # Marked here, before shapes become text: transformers would also mark the tokens of the shapes.
@@ -214,7 +223,7 @@ class GroundingMixin:
             sanitize_control_tokens = False
         rendered = []
         for index, messages in enumerate(batch):
-            given = sizes[index] if sizes is not None else _sizes(messages, picture_limits)
+            given = sizes[index] if sizes is not None else sizes_of_pictures(messages, picture_limits)
             rendered.append(self.render_conversation(messages, given))
         return super().apply_chat_template(  # type: ignore[misc]
             rendered if is_batch else rendered[0],
@@ -281,67 +290,3 @@ def shapes_in_pixels(
         if counts is not None:
             counts.update({"shapes": 1, "clipped": int(is_clipped)})
     return shapes
-
-
-def _sizes(messages: Sequence[Message], limits: PictureLimits) -> list[Size] | None:
-    """(height, width) of the pictures in a conversation; None where no shape asks for them."""
-    if not _has_shapes(messages):
-        return None
-    sources = [_source(part) for part in _parts(messages) if _is_picture(part)]
-    if missing := [index for index, source in enumerate(sources) if source is None]:
-        raise ValueError(
-            f"picture {missing[0]} is not in the conversation, and its size decides where boxes lie: put it into its "
-            f"image part, or give image_sizes"
-        )
-    return [picture_size(source, limits) for source in sources]
-
-
-def _with_loaded_pictures(messages: Sequence[Message], limits: PictureLimits) -> list[Message]:
-    """The conversation with a PIL picture in every image part that names a picture."""
-
-    def load(part: Part) -> Part:
-        source = _source(part) if _is_picture(part) else None
-        if source is None:
-            return part
-        named = {key: value for key, value in part.items() if key not in (*IMAGE_KEYS, "image_url")}
-        return {**named, "type": "image", "image": load_picture(source, limits)}
-
-    return [
-        {**message, "content": [load(part) for part in message["content"]]}
-        if isinstance(message.get("content"), list | tuple)
-        else message
-        for message in messages
-    ]
-
-
-def _source(part: Part) -> Any:
-    """What an image part holds; None for a placeholder, whose picture is given beside the conversation."""
-    if part["type"] == "image_url":  # the OpenAI form
-        address = part["image_url"]
-        return address["url"] if isinstance(address, dict) else address
-    given = [key for key in IMAGE_KEYS if part.get(key) is not None]
-    if len(given) > 1:
-        raise ValueError(f"an image part holds {' and '.join(given)}: give one of them")
-    if not given:
-        return None
-    source = part[given[0]]
-    if given[0] == "base64" and not source.startswith("data:"):
-        return f"data:image/*;base64,{source}"
-    return source
-
-
-def _is_picture(part: Part) -> bool:
-    return part.get("type") in ("image", "image_url")
-
-
-def _has_shapes(messages: Sequence[Message]) -> bool:
-    return any(part.get("type") in (*SHAPES, "document") for part in _parts(messages))
-
-
-def _parts(messages: Sequence[Message]) -> list[Part]:
-    contents = [message.get("content") for message in messages]
-    return [part for content in contents if isinstance(content, list | tuple) for part in content]
-
-
-def _without_nones(part: Part) -> Part:
-    return {key: value for key, value in part.items() if value is not None}

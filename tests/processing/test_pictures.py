@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from processing.pictures import MAX_PIXELS, PictureLimits, describe, load_picture, picture_size
+from processing.picture_sources import MAX_PIXELS, PictureLimits, describe
+from processing.pictures import load_picture, picture_size
 
 LEFT_RED = np.zeros((4, 6, 3), np.uint8)  # 4 high, 6 wide: the left column is red
 LEFT_RED[:, 0] = (255, 0, 0)
