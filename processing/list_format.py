@@ -107,7 +107,7 @@ def to_list_format(text: str) -> list[dict[str, str]]:
 def boxes_with_ref(text: str) -> list[dict[str, Any]]:
     """Every box of an answer as four integers, with the phrase right before it, if there is one, as "ref".
 
-    Of several boxes behind one phrase only the first carries it, as in the original. `grounding_text.parse_shapes`
+    Of several boxes behind one phrase only the first carries it, as in the original. `answer_parsing.parse_shapes`
     reads more (quads, all boxes of a phrase) and reports what is malformed.
 
     Raises:
