@@ -146,7 +146,8 @@ class QwenVLConfig(PreTrainedConfig):
     """
 
     model_type = "qwen_vl"
-    keys_to_ignore_at_inference = ("past_key_values", "image_hidden_states")
+    # A list: Trainer adds one to it.
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]  # noqa: RUF012
     # Where a folder has no processor files, as in the original repositories, AutoProcessor asks the config.
     processor_class = "QwenVLProcessor"
     sub_configs_defaults = {  # noqa: RUF012 (transformers reads it from the class)
