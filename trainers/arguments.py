@@ -54,6 +54,10 @@ class StageArguments(TrainingArguments):
         default=None,
         metadata={"help": "Longest example in tokens; pictures shrink, then turns are left out, then it is refused."},
     )
+    feature_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder for the features of a frozen tower, which later epochs read instead of running it."},
+    )
     z_loss: float = field(
         default=0.0, metadata={"help": "Weight of the squared log-normaliser of each target (PaLM uses 1e-4)."}
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trainers.families import ModelParts
+from trainers.families import PARTS, ModelParts
 from trainers.loss import IGNORED
 
 # Dense bfloat16 peak in FLOP/s, from NVIDIA's data sheets (without sparsity), by part of the device's name. The longer
@@ -54,9 +54,12 @@ class StepMonitor:
     def __init__(self, parts: ModelParts, trains: dict[str, bool]) -> None:
         self._patch_size = parts.base.config.vision_config.patch_size
         self._flops_per = _flops_per_token(parts, trains)
-        self._restart()
+        self._trained = {part: [p for name, p in parts.parameters(part) if trains[name]] for part in PARTS}
+        self._gradient_norms: dict[str, float] = {}
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Forgets what was counted; the clock of the rates begins now."""
         self._since = perf_counter()
         self._num_slots = self._num_pictures = self._num_patches = 0
         self._num_tokens: torch.Tensor | int = 0
@@ -79,6 +82,13 @@ class StepMonitor:
             is_flat = pixels.ndim == 2
             self._num_patches += len(pixels) if is_flat else pixels[:, 0].numel() // self._patch_size**2
 
+    def observe_gradients(self) -> None:
+        """Takes the norm of each trained part's gradient as it stands: in a Trainer, after clipping."""
+        for part, parameters in self._trained.items():
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            if gradients:
+                self._gradient_norms[f"grad_norm_{part}"] = float(torch.nn.utils.get_total_norm(gradients))
+
     def figures(self, device: torch.device) -> dict[str, float]:
         """Figures since the last call; empty where nothing was observed."""
         seconds = perf_counter() - self._since
@@ -91,11 +101,13 @@ class StepMonitor:
             "padding_share": 1 - tokens / self._num_slots,
             "supervised_share": supervised / tokens,
             "memory_gib": _peak_memory(device) / 2**30,
+            **self._gradient_norms,
         }
+        self._gradient_norms = {}
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         if peak is not None:
             figures["mfu"] = self.flops(self._num_patches, tokens, supervised) / seconds / peak
-        self._restart()
+        self.restart()
         return figures
 
     def flops(self, num_patches: int, num_tokens: int, num_supervised: int) -> float:

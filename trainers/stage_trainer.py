@@ -7,6 +7,7 @@ overridden; loop, logging, evaluation and distribution are its own.
 import inspect
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,18 +26,22 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
+from trainers.answering import AnsweringMixin
 from trainers.arguments import StageArguments
 from trainers.checkpoint_mixin import CheckpointMixin
+from trainers.evaluation import GenerationEvaluation
 from trainers.example_batches import ExampleCollator, at_stage_resolution
+from trainers.feature_cache import FeatureCache
 from trainers.freezing import TrainedParts, freeze
 from trainers.loss import supervised_loss, weight_of
+from trainers.monitoring import StepMonitor
 from trainers.optimizer import keep_embeddings_in_32_bits, parameter_groups
 from trainers.stages import Stage
 
 logger = logging.getLogger(__name__)
 
 
-class StageTrainer(CheckpointMixin):
+class StageTrainer(AnsweringMixin, CheckpointMixin):
     """Trains one stage. Use a subclass; what is said here holds for all of them.
 
     Args:
@@ -47,6 +52,7 @@ class StageTrainer(CheckpointMixin):
             optionally `loss_weights` (B, L) of floats, and what the model's forward takes.
         processing_class: the processor; it is saved in every checkpoint.
         trained: what trains, instead of what the stage says with `args.last_tower_blocks` and `args.freeze_patterns`.
+        generation: held-out examples to answer at every evaluation; their scores are logged beside `eval_loss`.
 
     The loss is the mean over all supervised tokens of the step (weighted, if weights are given), over all
     micro-batches and devices. After the first step each part is checked to have got a gradient, or none, as it should.
@@ -68,6 +74,7 @@ class StageTrainer(CheckpointMixin):
         processing_class: ProcessorMixin | None = None,
         callbacks: list[TrainerCallback] | None = None,
         trained: TrainedParts | None = None,
+        generation: GenerationEvaluation | None = None,
     ) -> None:
         if not isinstance(args, StageArguments):
             raise ValueError(f"args is a {type(args).__name__}: use trainers.arguments.StageArguments.")
@@ -107,9 +114,14 @@ class StageTrainer(CheckpointMixin):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.saw_pictures = False
+        self.generation = generation
+        self.monitor = StepMonitor(self.freeze.parts, self.freeze.trains)
+        cache_dir = args.feature_cache_dir
+        self.feature_cache = None if cache_dir is None else FeatureCache(self.freeze.parts, cache_dir)
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> TrainOutput:
         """As `CheckpointMixin.train`. Prints which parts train; a frozen tower runs without a graph meanwhile."""
+        self.monitor.restart()
         if self.is_world_process_zero():
             Console().print(self.freeze.table(f"stage {self.stage.name}: what trains"))
         with self.freeze.tower_without_graph():
@@ -128,11 +140,18 @@ class StageTrainer(CheckpointMixin):
             label_smoothing, z_loss = self.args.label_smoothing_factor, self.args.z_loss
             self.freeze.set_modes()
             self.saw_pictures |= inputs.get("pixel_values") is not None
-        loss, outputs = supervised_loss(model, inputs, num_items_in_batch, label_smoothing, z_loss)
+            self.monitor.observe(inputs)
+        with nullcontext() if self.feature_cache is None else self.feature_cache.serving(inputs):
+            loss, outputs = supervised_loss(model, inputs, num_items_in_batch, label_smoothing, z_loss)
         if num_items_in_batch is not None:
             # The weight is that of all devices, and DistributedDataParallel averages what they contribute.
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self.monitor.figures(self.args.device))
+        super().log(logs, start_time)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """Summed weight of the targets of one step, over its micro-batches and all devices."""
@@ -176,13 +195,15 @@ class _GradientCheck(TrainerCallback):
 
     def __init__(self, trainer: StageTrainer) -> None:
         self.trainer = trainer
+        self.has_gradients = True
         self.judged = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # They keep gradients in buffers of their own, out of reach.
-        self.judged = self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled
+        self.has_gradients = not (self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled)
+        self.judged = not self.has_gradients
         if self.judged:
             logger.warning("Which parts get gradients is not checked under DeepSpeed and FSDP.")
 
@@ -191,4 +212,6 @@ class _GradientCheck(TrainerCallback):
     ) -> None:
         if not self.judged:
             self.judged = self.trainer.freeze.check_gradients(self.trainer.saw_pictures)
+        if self.has_gradients and (state.global_step + 1) % state.logging_steps == 0:
+            self.trainer.monitor.observe_gradients()
         self.trainer.saw_pictures = False
