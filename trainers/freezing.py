@@ -6,7 +6,7 @@ complain about a part that gets no gradient. So `freeze` is the only place that 
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -217,5 +217,7 @@ class Freeze:
 
 
 def _detach_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    detach: Callable[[Any], Any] = lambda value: value.detach() if isinstance(value, torch.Tensor) else value  # noqa: E731
-    return tuple(map(detach, args)), {name: detach(value) for name, value in kwargs.items()}
+    def detached(value: Any) -> Any:
+        return value.detach() if isinstance(value, torch.Tensor) else value
+
+    return tuple(map(detached, args)), {name: detached(value) for name, value in kwargs.items()}

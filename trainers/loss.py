@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-IGNORED = -100
+from processing.chat_spans import IGNORE
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def find_targets(labels_BL: Tensor, loss_weights_BL: Tensor | None = None) -> Ta
         >>> find_targets(torch.tensor([[-100, -100, 7, 8]])).predicts_BL
         tensor([[False,  True,  True, False]])
     """
-    counts_BL = labels_BL != IGNORED
+    counts_BL = labels_BL != IGNORE
     if loss_weights_BL is not None:
         counts_BL = counts_BL & (loss_weights_BL != 0)
     predicts_BL = functional.pad(counts_BL[:, 1:], (0, 1), value=False)

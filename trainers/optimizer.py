@@ -31,8 +31,7 @@ class LearningRates:
         tower_layer_decay: factor in (0, 1] from one block of the tower to the block before it. Qwen-VL: 0.95
             (table 8).
         stem_extra_step: the paper does not say where patch embedding, position table and ln_pre stand. True: one step
-            below the first block, as in BEiT (arXiv 2106.08254), which introduced the scheme; False: with the first
-            block.
+            below the first block, as in BEiT's fine-tuning (arXiv 2106.08254); False: with the first block.
     """
 
     base: float
@@ -69,10 +68,11 @@ def decaying_parameters(parts: ModelParts) -> set[str]:
     class embeddings, position tables). An `nn.Embedding` other than the token embedding is a position table as well.
     """
     decaying = set()
-    token_embedding = parts.base.get_input_embeddings()
+    # PEFT may have wrapped it.
+    token_embeddings = [m for m in parts.base.get_input_embeddings().modules() if isinstance(m, nn.Embedding)]
     for path, module in parts.base.named_modules():
         matrices: tuple[str, ...] = ()
-        if isinstance(module, _MATRIX_MODULES) or module is token_embedding:
+        if isinstance(module, _MATRIX_MODULES) or module in token_embeddings:
             matrices = ("weight",)
         elif isinstance(module, nn.MultiheadAttention):
             matrices = _ATTENTION_MATRICES

@@ -136,6 +136,13 @@ def test_lora_matrices_decay_and_nothing_frozen_is_grouped(build):
     ]
 
 
+def test_an_embedding_that_peft_trains_whole_decays_like_any_other(build):
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    model = get_peft_model(build("qwen2_5_vl"), config)
+    freeze(model, TrainedParts(("embeddings",)))
+    assert [group["name"] for group in parameter_groups(model, LearningRates(1.0), 0.05)] == ["embeddings, decay"]
+
+
 @pytest.mark.parametrize("part", ["tower", "adapter", "embeddings"])
 def test_a_rate_for_a_part_that_does_not_train_is_refused(build, part):
     model = build("qwen_vl")

@@ -65,7 +65,11 @@ def assert_same_run(first, second, atol=1e-6) -> None:
         torch.testing.assert_close(tensor, second[1][name], rtol=0, atol=atol, msg=name)
 
 
-@pytest.mark.parametrize("trainer_class", STAGES, ids=lambda c: c.stage.name)
+@pytest.mark.parametrize(
+    ("family", "trainer_class"),
+    [(family, trainer_class) for family in ("qwen_vl", "qwen2_5_vl") for trainer_class in STAGES]
+    + [("qwen2_vl", QwenVLSFTTrainer), ("qwen3_vl", QwenVLPretrainTrainer), ("llava", QwenVLSFTTrainer)],
+)
 def test_a_stage_moves_its_parts_and_leaves_the_others_bit_identical(family, make_trainer, trainer_class):
     trainer = make_trainer(trainer_class, family)
     before = weights_of(trainer.model)
