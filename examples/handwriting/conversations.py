@@ -5,10 +5,11 @@ scoring compares with it.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
-from examples.handwriting.scenes import NUMERALS, Mark, Scene
+from examples.handwriting.scenes import NUMERALS, SIZE, Mark, Scene
 from processing import tasks
 from processing.example import Example
 from processing.parts import Part
@@ -101,12 +102,12 @@ def _text(text: str) -> Part:
     return {"type": "text", "text": text}
 
 
-def _chat(scenes: list[Scene], turns: list[Turn], task: str) -> Example:
+def _chat(scenes: list[Scene], turns: list[Turn], weights: list[float], task: str) -> Example:
     pictures: list[Part] = [{"type": "image", "image": scene.picture} for scene in scenes]
     messages = []
     for number, (question, answer) in enumerate(turns):
         messages.append({"role": "user", "content": [*pictures, *question] if number == 0 else question})
-        messages.append({"role": "assistant", "content": answer})
+        messages.append({"role": "assistant", "content": answer, "weight": weights[number]})
     return Example(messages, task=task)
 
 
@@ -163,7 +164,7 @@ ASK: dict[str, Callable[[Scene, Rng], Turn]] = {
     "ocr": _ask_to_read,
 }
 
-PLAIN: dict[str, Callable[[Scene, Rng], Example]] = {
+_PLAIN: dict[str, Callable[[Scene, Rng], Example]] = {
     "caption": caption,
     "reading": reading,
     "seeing": seeing,
@@ -174,11 +175,40 @@ PLAIN: dict[str, Callable[[Scene, Rng], Example]] = {
 }
 
 
+# Loss weight of an answer's tokens: an answer of one word must not drown among boxes of twenty tokens.
+WEIGHTS = {
+    "caption": 2.0,
+    "reading": 8.0,
+    "seeing": 6.0,
+    "grounding": 1.0,
+    "referring": 6.0,
+    "ocr": 0.4,
+    "caption_with_grounding": 0.6,
+    "two pictures": 8.0,
+}
+
+
+def plain(scene: Scene, rng: Rng, name: str) -> Example:
+    """A row of one of the paper's tasks."""
+    return replace(_PLAIN[name](scene, rng), weight=WEIGHTS[name])
+
+
+def description_of(scene: Scene, rng: Rng) -> str:
+    """Everything about the scene in words, the digits in any order: what stage 0 reads in the place of a picture."""
+    lines = []
+    for mark in (scene.marks[index] for index in rng.permutation(len(scene.marks))):
+        x1, y1, x2, y2 = (min(999, round(c * 1000 / SIZE)) for c in mark.box)
+        lines.append(f"{mark.colour} {mark.name} {mark.place} ({x1},{y1}),({x2},{y2})")
+    return "; ".join(lines) + ". "
+
+
 def chat(scene: Scene, rng: Rng, names: list[str]) -> Example:
     """A conversation about one scene, a turn for each of these names in `ASK`."""
-    return _chat([scene], [ASK[name](scene, rng) for name in names], task=names[-1])
+    turns = [ASK[name](scene, rng) for name in names]
+    return _chat([scene], turns, [WEIGHTS[name] for name in names], task=names[-1])
 
 
 def two_pictures(first: Scene, second: Scene, rng: Rng, turns: int = 1) -> Example:
     """A conversation about two scenes."""
-    return _chat([first, second], [_ask_about_two(first, second, rng) for _ in range(turns)], task="two pictures")
+    asked = [_ask_about_two(first, second, rng) for _ in range(turns)]
+    return _chat([first, second], asked, [WEIGHTS["two pictures"]] * turns, task="two pictures")

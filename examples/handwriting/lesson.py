@@ -5,8 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
+import torch
 from rich.progress import Progress
-from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, set_seed
 
 from examples.handwriting.digits import DEV_FORMS, TEST_FORMS, TRAIN_FORMS, digits_of
 from examples.handwriting.model import make_model, make_processor
@@ -16,10 +18,12 @@ from examples.handwriting.results import BLIND, Run, StageRun
 from examples.handwriting.scenes import Scene, make_scenes
 from examples.handwriting.scoring import TASKS, Score, ask, commonest_answer, questions, score
 from examples.handwriting.stage0 import train_tower
-from examples.handwriting.training import rows, run_stage, text_of, texts_of_all_tasks
+from examples.handwriting.training import described_rows, rows, run_stage, texts_of_all_tasks
 from modeling_qwenvl import parameter_counts
+from processing.special_tokens import GROUNDING_TOKENS
 from processing.supervision import Supervision
 from trainers.evaluation import Answer
+from trainers.families import PARTS, find_parts
 from trainers.freezing import TrainedParts
 from trainers.multitask import QwenVLMultiTaskTrainer
 from trainers.pretrain import QwenVLPretrainTrainer
@@ -28,6 +32,7 @@ from trainers.stage_trainer import StageTrainer
 
 TOWER_DIGITS = 4  # per scene of the tower's stage 0: twice the lessons per picture
 QUESTION_SEED = 7
+TOWER_STAGE, TEXT_STAGE = "stage 0, tower", "stage 0, text"
 """Everything below depends on the seed but the held-out scenes and the questions about them."""
 
 
@@ -123,21 +128,27 @@ class Lesson:
             watch.on_step,
         )
         self.slowness = max(1.0, watch.seconds / recipe.tower_seconds)
-        self._keep(
-            "stage 0, tower",
-            "tower",
-            "a digit, colour and box per patch",
-            recipe.tower_steps,
-            recipe.tower_steps,
-            recipe.tower_batch_size,
-            len(pictures),
-            watch,
+        self.seconds[TOWER_STAGE] = watch.seconds
+        self.stages.append(
+            StageRun(
+                name=TOWER_STAGE,
+                trained="tower",
+                unchanged=(),
+                learned_from="digit, colour and box of every patch",
+                planned=recipe.tower_steps,
+                steps=recipe.tower_steps,
+                batch_size=recipe.tower_batch_size,
+                rows=len(pictures),
+                tokens=0,
+                seconds=watch.seconds,
+                losses=watch.losses,
+            )
         )
 
     def _stage0_text(self) -> None:
         trained = TrainedParts(("language_model", "embeddings"))
         self._stage(
-            "stage 0, text",
+            TEXT_STAGE,
             QwenVLMultiTaskTrainer,
             self.recipe.text,
             "language model",
@@ -156,13 +167,33 @@ class Lesson:
     ) -> None:
         recipe = self._in_time(planned)
         with timed(self.seconds, "texts to ids"):
-            made = rows(self.scenes, recipe.mixture, recipe.rows, seed=1000 * self.seed + len(self.stages))
-            made = (text_of(example, self.processor) for example in made) if trained else made
-            encoded = list(Supervision(self.processor).stream(made))
+            seed = 1000 * self.seed + len(self.stages)
+            if name == TEXT_STAGE:
+                made = described_rows(self.scenes, recipe.mixture, recipe.rows, seed, self.processor)
+                # The places in these texts are written out already.
+                supervise = Supervision(self.processor, special_in_text=GROUNDING_TOKENS)
+            else:
+                made = rows(self.scenes, recipe.mixture, recipe.rows, seed)
+                supervise = Supervision(self.processor)
+            encoded = list(supervise.stream(made))
         watch = Watch(self.progress, f"{name}: {learned_from}", recipe.steps)
+        before = _weights(self.model)
         run_stage(trainer_class, self.model, self.processor, encoded, recipe, self.seed, self.output, watch, trained)
-        self._keep(
-            name, trained_words, learned_from, planned.steps, recipe.steps, recipe.batch_size, len(encoded), watch
+        self.seconds[name] = watch.seconds
+        self.stages.append(
+            StageRun(
+                name=name,
+                trained=trained_words,
+                unchanged=_unchanged(before, _weights(self.model)),
+                learned_from=learned_from,
+                planned=planned.steps,
+                steps=recipe.steps,
+                batch_size=recipe.batch_size,
+                rows=len(encoded),
+                tokens=watch.num_tokens,
+                seconds=watch.seconds,
+                losses=watch.losses,
+            )
         )
 
     def _in_time(self, planned: StageRecipe) -> StageRecipe:
@@ -173,36 +204,22 @@ class Lesson:
         share = min(1.0, max(left, 0.0) / needed)
         return replace(planned, steps=max(1, round(planned.steps * share)))
 
-    def _keep(
-        self,
-        name: str,
-        trained: str,
-        learned_from: str,
-        planned: int,
-        steps: int,
-        batch_size: int,
-        num_rows: int,
-        watch: Watch,
-    ) -> None:
-        self.seconds[name] = watch.seconds
-        self.stages.append(
-            StageRun(
-                name,
-                trained,
-                learned_from,
-                planned,
-                steps,
-                batch_size,
-                num_rows,
-                watch.num_tokens,
-                watch.seconds,
-                watch.losses,
-            )
-        )
-
     def _measure(self, moment: str, style: str, scenes: Sequence[Scene] | None = None) -> dict[str, list[Answer]]:
         self.progress.console.print(f"asking {len(self.held_out)} held-out questions per task: {moment}")
         with timed(self.seconds, "scores"):
             answers = ask(self.model, self.processor, scenes or self.held_out, style, QUESTION_SEED)
         self.scores[moment] = score(answers)
         return answers
+
+
+def _weights(model: PreTrainedModel) -> dict[str, dict[str, Tensor]]:
+    """Copies of the weights by part of the model (`trainers.families.PARTS`)."""
+    parts = find_parts(model)
+    return {part: {name: p.detach().clone() for name, p in parts.parameters(part)} for part in PARTS}
+
+
+def _unchanged(before: dict[str, dict[str, Tensor]], after: dict[str, dict[str, Tensor]]) -> tuple[str, ...]:
+    """The parts of which no bit changed."""
+    return tuple(
+        part for part in before if all(torch.equal(before[part][name], after[part][name]) for name in before[part])
+    )

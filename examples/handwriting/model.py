@@ -7,7 +7,7 @@ from modeling_qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
 from processing import QwenVLImageProcessorPil, QwenVLProcessor, train_qwenvl_tokenizer
 from processing.special_tokens import ENDOFTEXT, IM_END, IMG_END, IMG_START, IMGPAD
 
-PATCH = 7  # 8 x 8 patches of a scene, as many per side as a digit has pixels per 21: a digit is 3 x 3 patches
+PATCH = 5  # 8 x 8 patches of a scene; a digit's square is 3 x 3 of them
 NUM_QUERIES = 16  # the paper's ratio: a quarter of the patches
 WIDTH = 128
 LONGEST = 512  # tokens

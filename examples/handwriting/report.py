@@ -166,13 +166,14 @@ def _curve(run: Run) -> str:
 
 
 def _stages(run: Run) -> str:
-    heads = ["", "what learns", "from what", "steps", "rows seen", "tokens", "seconds"]
+    heads = ["", "what learns", "equal bit for bit", "from what", "steps", "rows seen", "tokens", "seconds"]
     lines = ["<tr>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"]
     for stage in run.stages:
         cut = f"<small>of {stage.planned:,}, to keep the time</small>" if stage.steps < stage.planned else ""
         tokens = f"{stage.tokens:,}" if stage.tokens else "–"
         lines.append(
             f'<tr><td>{escape(stage.name)}</td><td class="words">{escape(stage.trained)}</td>'
+            f'<td class="words">{escape(", ".join(stage.unchanged).replace("_", " ") or "–")}</td>'
             f'<td class="words">{escape(stage.learned_from)}</td><td>{stage.steps:,}{cut}</td><td>{stage.seen:,}'
             f"<small>{stage.rows:,} different</small></td><td>{tokens}</td><td>{stage.seconds:.0f}</td></tr>"
         )

@@ -10,11 +10,13 @@ from examples.handwriting.scoring import Score
 class StageRun:
     """One part of the training as it happened.
 
-    planned: steps of the recipe; `steps` are fewer on a slow machine. rows: different rows; seen: rows times epochs.
+    planned: steps of the recipe; `steps` are fewer on a slow machine. unchanged: parts of
+    the model that are equal, bit for bit, before and after. rows: different rows; `seen`: with repetitions.
     """
 
     name: str
     trained: str
+    unchanged: tuple[str, ...]
     learned_from: str
     planned: int
     steps: int

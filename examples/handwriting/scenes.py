@@ -13,9 +13,9 @@ from torch.nn.functional import affine_grid, grid_sample
 
 from examples.handwriting.digits import Digits
 
-SIZE = 56
-GLYPH = 21
-GRID = 7
+SIZE = 40
+GLYPH = 15
+GRID = 5
 NUMERALS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COLOURS = {"red": (205, 30, 35), "green": (20, 140, 60), "blue": (35, 70, 205), "black": (25, 25, 30)}
 PLACES = (

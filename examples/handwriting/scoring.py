@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binomtest
 
-from examples.handwriting.conversations import PLAIN, chat, two_pictures
+from examples.handwriting.conversations import chat, plain, two_pictures
 from examples.handwriting.scenes import Scene
 from processing.example import Example
 from processing.metrics import exact_match, iou
@@ -76,7 +76,7 @@ def questions(scenes: Sequence[Scene], task: str, style: str, seed: int) -> list
         pairs = zip(scenes, [*scenes[1:], scenes[0]], strict=True)
         return [two_pictures(first, second, rng) for first, second in pairs]
     if style == "plain":
-        return [PLAIN[task](scene, rng) for scene in scenes]
+        return [plain(scene, rng, task) for scene in scenes]
     return [chat(scene, rng, [task]) for scene in scenes]
 
 

@@ -1,12 +1,13 @@
 """The stages: rows of the scenes, encoded once, and the package's stage trainers with the demo's numbers."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from transformers import PrinterCallback
 
-from examples.handwriting.conversations import ASK, PLAIN, chat, two_pictures
+from examples.handwriting.conversations import ASK, WEIGHTS, chat, description_of, plain, two_pictures
 from examples.handwriting.progress import CountingCollator, StageProgress, Watch
 from examples.handwriting.recipe import StageRecipe
 from examples.handwriting.scenes import Scene
@@ -15,7 +16,7 @@ from processing import QwenVLProcessor
 from processing.collators import PaddedCollator
 from processing.encoded_example import EncodedExample
 from processing.example import Example
-from processing.tasks import pure_text
+from processing.parts import Part
 from trainers.arguments import StageArguments
 from trainers.freezing import TrainedParts
 from trainers.stage_trainer import StageTrainer
@@ -26,7 +27,7 @@ TURNS = 3  # of a conversation about one picture
 def rows(scenes: Sequence[Scene], mixture: dict[str, float], count: int, seed: int) -> Iterator[Example]:
     """`count` rows, each about the next scene (or two), of tasks drawn by their shares.
 
-    A task is a name in `PLAIN`, "conversation" or "two pictures".
+    A task is one of `conversations.plain`, "conversation" or "two pictures".
     """
     rng = np.random.default_rng(seed)
     names, shares = list(mixture), np.array(list(mixture.values()))
@@ -37,26 +38,35 @@ def rows(scenes: Sequence[Scene], mixture: dict[str, float], count: int, seed: i
         elif name == "conversation":
             yield chat(scene, rng, list(rng.choice(list(ASK), size=TURNS)))
         else:
-            yield PLAIN[name](scene, rng)
+            yield plain(scene, rng, name)
 
 
 def texts_of_all_tasks(scenes: Sequence[Scene]) -> Iterator[str]:
     """What the tokenizer learns from: all texts of all tasks about these scenes, and what the templates add."""
     rng = np.random.default_rng(0)
     for scene in scenes:
-        examples = [make(scene, rng) for make in PLAIN.values()]
+        examples = [plain(scene, rng, name) for name in WEIGHTS if name != "two pictures"]
         examples += [chat(scene, rng, list(ASK)), two_pictures(scene, scenes[0], rng)]
+        yield description_of(scene, rng)
         for message in (message for example in examples for message in example.messages):
             for part in message["content"]:
                 yield from (part[key] for key in ("text", "label") if part.get(key))
         yield from ("system\nYou are a helpful assistant.", "user\n", "assistant\n", "Picture 1: ", "(123,456),(7,8)")
 
 
-def text_of(example: Example, processor: QwenVLProcessor) -> Example:
-    """The text of a row without its picture, all of it to be learned: what the language model reads in stage 0."""
-    sizes = [(picture.height, picture.width) for picture in example.pictures]
-    parts = [p for message in processor.render_conversation(example.messages, sizes) for p in message["content"]]
-    return pure_text("".join(part["text"] for part in parts if part["type"] == "text").strip())
+def described_rows(
+    scenes: Sequence[Scene], mixture: dict[str, float], count: int, seed: int, processor: QwenVLProcessor
+) -> Iterator[Example]:
+    """As `rows`, of tasks about one picture, with the description of the scene in the place of the picture."""
+    rng = np.random.default_rng(seed)
+    for number, example in enumerate(rows(scenes, mixture, count, seed)):
+        description: Part = {"type": "text", "text": description_of(scenes[number % len(scenes)], rng)}
+        sizes = [(picture.height, picture.width) for picture in example.pictures]
+        messages = [
+            {**m, "content": [description if part["type"] == "image" else part for part in m["content"]]}
+            for m in processor.render_conversation(example.messages, sizes)
+        ]
+        yield replace(example, messages=messages)
 
 
 def run_stage(
