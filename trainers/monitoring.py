@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from processing.chat_spans import IGNORE
 from trainers.families import PARTS, ModelParts
-from trainers.loss import IGNORED
 
 # Dense bfloat16 peak in FLOP/s, from NVIDIA's data sheets (without sparsity), by part of the device's name. The longer
 # name first: "H200" and "H100" share a chip, "L40S" is not "L40".
@@ -71,7 +71,7 @@ class StepMonitor:
         self._num_slots += labels.numel()
         # Sums stay on the device until somebody asks.
         self._num_tokens = self._num_tokens + (labels.numel() if mask is None else mask.sum())
-        self._num_supervised = self._num_supervised + (labels != IGNORED).sum()
+        self._num_supervised = self._num_supervised + (labels != IGNORE).sum()
         pixels, grid = batch.get("pixel_values"), batch.get("image_grid_thw")
         if grid is not None:
             self._num_pictures += len(grid)
