@@ -115,8 +115,11 @@ class RandomAugmentation:
         refused"), and how many were left as they are ("refused": no picture or several, coordinates in a text).
 
     Example:
-        >>> augmentation = RandomAugmentation(seed=3)
-        >>> messages = augmentation(example.messages, number=0)
+        >>> augmentation = RandomAugmentation(seed=3, flip=1, scale=(1, 1))
+        >>> messages = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (100, 50))}]},
+        ...             {"role": "assistant", "content": "It is on the left."}]
+        >>> augmentation(messages, number=0)[1]["content"], augmentation.counts
+        ('It is on the right.', Counter({'flipped': 1}))
     """
 
     seed: int

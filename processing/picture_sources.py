@@ -57,7 +57,7 @@ def describe(source: Any) -> str:
 
     Example:
         >>> describe("data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAMAAAAC")
-        'data:image/png;base64,iVBORw0KGgoAAAANS... (50 characters)'
+        'data:image/png;base64,iVBORw0KGgoAAAANSU... (54 characters)'
     """
     if isinstance(source, str | Path):
         text = str(source)
