@@ -259,6 +259,18 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
 
+    def adjust_generation_fn(self, *args, **kwargs):
+        """As transformers', which reads generation_config.json, with the stop words of the original's chat.
+
+        Qwen-VL-Chat ends an answer with `<|im_end|>`, but its file names `<|endoftext|>` alone: the original looks for
+        the other stop words in code of its own, where `chat_format` is "chatml".
+        """
+        super().adjust_generation_fn(*args, **kwargs)
+        end = self.generation_config.eos_token_id
+        if vars(self.generation_config).get("chat_format") == "chatml" and isinstance(end, int):
+            # In the original's vocabulary <|im_start|> and <|im_end|> follow <|endoftext|>.
+            self.generation_config.eos_token_id = [end, end + 1, end + 2]
+
     @classmethod
     def from_vision_text_pretrained(
         cls,

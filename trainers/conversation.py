@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, Self
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 
 import modeling_qwenvl  # noqa: F401 (registers the model)
 from processing.grounding_text import ParsedAnswer
@@ -58,15 +59,22 @@ class Conversation:
             processor_kwargs={"return_tensors": "pt"},
         ).to(self.model.device)
         output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
-        raw = self.processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=False)
+        ids = until_stop(output[0, inputs["input_ids"].shape[1] :].tolist(), self.model.generation_config)
+        raw = self.processor.tokenizer.decode(ids, skip_special_tokens=False)
         sizes = [(picture.height, picture.width) for picture in self.pictures]
         answer = self.processor.parse_answer(raw, sizes)
         # What the model said goes back as it said it, tags included; only the end tokens are the template's.
-        self.messages.append({"role": "assistant", "content": [{"type": "text", "text": self._without_end(raw)}]})
+        self.messages.append({"role": "assistant", "content": [{"type": "text", "text": raw}]})
         return answer
 
-    def _without_end(self, raw: str) -> str:
-        stops = self.model.generation_config.eos_token_id
-        for stop in self.processor.tokenizer.convert_ids_to_tokens([stops] if isinstance(stops, int) else stops):
-            raw = raw.split(stop)[0]
-        return raw
+
+def until_stop(ids: Sequence[int], generation_config: GenerationConfig) -> list[int]:
+    """What was generated before the first of the end tokens.
+
+    Example:
+        >>> until_stop([7, 8, 2, 0, 0], GenerationConfig(eos_token_id=[2, 3]))
+        [7, 8]
+    """
+    stops = generation_config.eos_token_id
+    stops = set(stops) if isinstance(stops, list) else {stops}
+    return list(takewhile(lambda id: id not in stops, ids))

@@ -26,6 +26,7 @@ from processing.metrics import anls, box_f1, edit_similarity, exact_match, vqa_a
 from processing.parts import SHAPES
 from processing.pictures import ANYTHING, PictureLimits, load_picture
 from processing.supervision import template_of
+from trainers.conversation import until_stop
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,8 @@ class GenerationEvaluation:
         inputs = inputs.to(next(model.parameters()).device)
         output = model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
         new = output[:, inputs["input_ids"].shape[1] :]
-        raws = processor.tokenizer.batch_decode(new, skip_special_tokens=False)
+        said = [until_stop(ids, model.generation_config) for ids in new.tolist()]
+        raws = processor.tokenizer.batch_decode(said, skip_special_tokens=False)
         for example, loaded, raw in zip(examples, pictures, raws, strict=True):
             sizes = [(picture.height, picture.width) for picture in loaded]
             truth = processor.render_conversation(example.messages, sizes)[-1]

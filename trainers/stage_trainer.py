@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
+from processing.processing_qwenvl import QwenVLProcessor
 from trainers.answering import AnsweringMixin
 from trainers.arguments import StageArguments
 from trainers.checkpoint_mixin import CheckpointMixin
@@ -114,6 +115,9 @@ class StageTrainer(AnsweringMixin, CheckpointMixin):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.saw_pictures = False
+        if self.stage.label_style == "chat" and isinstance(processing_class, QwenVLProcessor):
+            # Its tokenizer's end token is <|endoftext|>, but the answers of this stage end with <|im_end|>.
+            base.generation_config.eos_token_id = processing_class.stop_token_ids
         self.generation = generation
         self.monitor = StepMonitor(self.freeze.parts, self.freeze.trains)
         cache_dir = args.feature_cache_dir

@@ -127,6 +127,19 @@ def test_auto_classes_read_the_original_folder(recording, original, auto_class):
     assert torch.equal(model.base_model.state_dict()[layer], original.model.state_dict()[layer])
 
 
+@pytest.mark.parametrize(("chat_format", "stops"), [("chatml", [151643, 151644, 151645]), ("raw", 151643)])
+def test_generation_stops_where_the_original_chat_stops(original, tmp_path, chat_format, stops):
+    write_original_checkpoint(original, tmp_path)
+    settings = {"chat_format": chat_format, "eos_token_id": 151643, "pad_token_id": 151643, "max_window_size": 6144}
+    settings |= {"do_sample": True, "top_k": 0, "top_p": 0.3, "max_new_tokens": 512}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    model = QwenVLForConditionalGeneration.from_pretrained(tmp_path)
+    assert model.generation_config.eos_token_id == stops
+    model.save_pretrained(tmp_path / "native")
+    again = QwenVLForConditionalGeneration.from_pretrained(tmp_path / "native")
+    assert again.generation_config.eos_token_id == stops
+
+
 def test_an_original_checkpoint_is_saved_under_native_names(original, tmp_path):
     original.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")

@@ -108,3 +108,11 @@ def test_with_a_feature_cache_a_run_ends_with_the_same_weights(trainer, tmp_path
         plain.model.named_parameters(), cached.model.named_parameters(), strict=True
     ):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6, msg=name)
+
+
+def test_a_chat_model_is_saved_with_the_stop_words_of_the_chat(trainer, tmp_path):
+    trained = trainer(max_steps=1)
+    stops = trained.processing_class.stop_token_ids
+    trained.train()
+    trained.save_model(tmp_path / "saved")
+    assert QwenVLForConditionalGeneration.from_pretrained(tmp_path / "saved").generation_config.eos_token_id == stops

@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from transformers import GenerationConfig
 
 from processing.coordinates import Box
 from processing.example import Example, Source
@@ -30,6 +31,7 @@ class Parrot(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
         self.dropout = nn.Dropout(0.5)
         self.tokenizer = processor.tokenizer
+        self.generation_config = GenerationConfig(eos_token_id=processor.stop_token_ids)
         self.answers = answers
         self.prompts, self.batch_sizes, self.num_pictures = [], [], []
 
@@ -83,11 +85,10 @@ def test_answers_come_back_in_the_order_of_the_examples_whatever_the_batches(pro
     assert sum(model.num_pictures) == 3
 
 
-def test_end_tokens_and_tags_are_not_part_of_the_text(processor):
-    model = Parrot(processor, {"Q1?": "one<|im_end|>"})
+def test_the_answer_ends_before_the_first_end_token(processor):
+    model = Parrot(processor, {"Q1?": "one<|im_end|>\n<|im_start|>user\ntwo"})
     [answer] = GenerationEvaluation([ask("Q1?", text("one"))]).answers(model, processor)
-    assert answer.text == "one"
-    assert answer.raw.startswith("one<|im_end|>")
+    assert answer.raw == answer.text == "one"
 
 
 def test_the_prompt_ends_where_the_answer_begins_and_does_not_hold_it(processor):
