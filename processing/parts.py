@@ -54,7 +54,7 @@ def check_part(part: Any, where: str, num_pictures_before: int, num_pictures: in
     if not isinstance(part, dict):
         raise ValueError(f"{where} must be a dictionary with a type, it is {shorten(part)}")
     kind = part.get("type")
-    if kind not in PART_KEYS:
+    if not isinstance(kind, str) or kind not in PART_KEYS:
         hint = _nearest(kind, tuple(PART_KEYS)) or f"; known are {', '.join(PART_KEYS)}"
         raise ValueError(f"{where} has the unknown type {kind!r}{hint}")
     refuse_unknown_keys(part, PART_KEYS[kind], f"{where} (type {kind!r})")

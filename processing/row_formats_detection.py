@@ -24,28 +24,23 @@ def rows_of_coco(document: Mapping[str, Any]) -> Iterator[Row]:
     Raises:
         ValueError: a table is missing, or annotations belong to pictures that the file does not list.
     """
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(document.get(key), list) or not all(isinstance(item, Mapping) for item in document[key]):
-            raise ValueError(
-                f"a COCO file needs {key!r} to be a list of dictionaries, it is {shorten(document.get(key))}"
-            )
-    annotations: dict[Any, list[Mapping[str, Any]]] = {image.get("id"): [] for image in document["images"]}
-    lost = [item.get("id") for item in document["annotations"] if item.get("image_id") not in annotations]
+    images, categories = _list_of_dicts(document, "images"), _list_of_dicts(document, "categories")
+    if wrong := [image for image in images if not _is_id(image.get("id"))]:
+        raise ValueError(f"an image has no id: {shorten(wrong[0])}")
+    annotations: dict[Any, list[Mapping[str, Any]]] = {image["id"]: [] for image in images}
+    found = _list_of_dicts(document, "annotations")
+    lost = [
+        item.get("id") for item in found if not _is_id(item.get("image_id")) or item["image_id"] not in annotations
+    ]
     if lost:
         raise ValueError(
-            f"{len(lost)} of {len(document['annotations'])} annotations name an image_id that 'images' does not have, "
-            f"the first has id {lost[0]!r}"
+            f"{len(lost)} of {len(found)} annotations name an image_id that 'images' does not have, the first has id "
+            f"{lost[0]!r}"
         )
-    for annotation in document["annotations"]:
+    for annotation in found:
         annotations[annotation["image_id"]].append(annotation)
-    for image in document["images"]:
-        row_annotations = annotations[image.get("id")]
-        yield {
-            "id": image.get("id"),
-            "image": image,
-            "annotations": row_annotations,
-            "categories": document["categories"],
-        }
+    for image in images:
+        yield {"id": image["id"], "image": image, "annotations": annotations[image["id"]], "categories": categories}
 
 
 def read_coco(row: Row, root: PictureRoot) -> Fields:
@@ -60,18 +55,14 @@ def read_coco(row: Row, root: PictureRoot) -> Fields:
         raise ValueError(f"image must be a dictionary with file_name, width and height, it is {shorten(image)}")
     width, height = _size(image)
     names = {}
-    for category in row["categories"]:
-        if (
-            not isinstance(category, Mapping)
-            or category.get("id") is None
-            or not isinstance(category.get("name"), str)
-        ):
+    for category in _list_of_dicts(row, "categories"):
+        if not _is_id(category.get("id")) or not isinstance(category.get("name"), str):
             raise ValueError(f"a category must have id and name, this is {shorten(category)}")
         names[category["id"]] = category["name"]
     left_out: Counter[str] = Counter()
     boxes: dict[str, list[list[float]]] = {name: [] for name in names.values()}
-    for annotation in row["annotations"]:
-        if not isinstance(annotation, Mapping) or annotation.get("category_id") not in names:
+    for annotation in _list_of_dicts(row, "annotations"):
+        if not _is_id(annotation.get("category_id")) or annotation["category_id"] not in names:
             raise ValueError(f"an annotation has no known category_id: {shorten(annotation)}")
         if annotation.get("iscrowd"):
             left_out["crowd annotation"] += 1
@@ -83,7 +74,7 @@ def read_coco(row: Row, root: PictureRoot) -> Fields:
             continue
         left_out["box cut at the border"] += inside != box
         boxes[names[annotation["category_id"]]].append(inside)
-    question = row.get("question") or DETECTION_QUESTION.format(classes=", ".join(boxes))
+    question = _question(row) or DETECTION_QUESTION.format(classes=", ".join(boxes))
     answer: list[Part] = [{"type": "box", "bbox": found, "label": name} for name, found in boxes.items() if found] or [
         {"type": "text", "text": NOTHING_FOUND}
     ]
@@ -129,7 +120,7 @@ def read_refcoco(row: Row, root: PictureRoot) -> Fields:
                 f"bbox {row['bbox']} ({bbox_format}) ends at ({box[2]}, {box[3]}), outside the picture of "
                 f"{width} x {height}"
             )
-    question = row.get("question") or REFERRING_QUESTION
+    question = _question(row) or REFERRING_QUESTION
     if "{phrase}" not in question:
         raise ValueError(f"question {shorten(question)} has no {{phrase}}, the place of the phrase")
     before, after = question.split("{phrase}", 1)
@@ -160,6 +151,24 @@ def xyxy_of_xywh(box: Any) -> list[float]:
     if width < 0 or height < 0:
         raise ValueError(f"bbox {list(box)} has a negative width or height: [x, y, width, height] is wanted")
     return [x, y, x + width, y + height]
+
+
+def _list_of_dicts(table: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    items = table.get(key)
+    if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
+        raise ValueError(f"{key} must be a list of dictionaries, it is {shorten(items)}")
+    return items
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int | str)
+
+
+def _question(row: Row) -> str | None:
+    question = row.get("question")
+    if not isinstance(question, str | None):
+        raise ValueError(f"question must be text, it is {shorten(question)}")
+    return question
 
 
 def _four_numbers(box: Any) -> list[float]:

@@ -194,7 +194,7 @@ def fields_of(task: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _prompt(task: str, language: str) -> str:
-    if language not in PROMPTS[task]:
+    if not isinstance(language, str) or language not in PROMPTS[task]:
         raise ValueError(f"language is {language!r}, {task} has prompts in {', '.join(PROMPTS[task])}")
     return PROMPTS[task][language]
 
@@ -206,7 +206,7 @@ def _example(
     if language == "en":
         (answer.insert(0, _text(" ")) if settings.blank_in == "answer" else prompt.append(_text(" ")))
     messages = [
-        {"role": "user", "content": _joined([{"type": "image", "image": image, "numbered": False}, *prompt])},
+        {"role": "user", "content": _joined([{"type": "image", "image": image}, *prompt])},
         {"role": "assistant", "content": _joined(answer)},
     ]
     return Example(messages, style="plain", task=task)

@@ -4,10 +4,15 @@ import doctest
 import importlib
 import json
 import re
+from copy import deepcopy
+from functools import reduce
+from operator import getitem
 from pathlib import Path
+from random import Random
 
 import pytest
 
+from processing.example import RowError
 from processing.row_formats import ROW_FORMATS, examples_from_row, recognise
 from processing.tasks import TASKS, fields_of
 
@@ -62,6 +67,38 @@ def test_the_document_row_is_read():
     (row,) = (json.loads(block) for block in JSON_BLOCK.findall((DOCS / "documents.md").read_text(encoding="utf-8")))
     (example,) = examples_from_row(row)
     assert example.messages[1]["content"][0]["type"] == "document"
+
+
+VALUES = [
+    *(None, True, 0, -1, 7, float("inf"), float("nan"), "", "a", "<image>", "<box>", b"x", [], [[]], {}, [{}], [None]),
+    *([1, 2, 3, 4], ["a"], {"a": 1}, {"type": "image"}, {"bytes": None, "path": None}),
+]
+
+
+def places(node, path=()):
+    """The paths to everything inside a row."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return [path] * bool(path) + [place for key, value in items for place in places(value, (*path, key))]
+
+
+@pytest.mark.parametrize("name", ROW_FORMATS)
+def test_a_row_with_something_wrong_anywhere_is_read_or_refused_and_never_breaks_the_reader(name):
+    random = Random(7)
+    num_refused = 0
+    for _ in range(300):
+        row = documented_rows()[name]
+        for _ in range(random.randint(1, 2)):
+            *path, last = random.choice(places(row) or [("id",)])
+            node = reduce(getitem, path, row)
+            if random.random() < 0.15 and (isinstance(node, list) or last in node):
+                del node[last]
+            else:
+                node[last] = deepcopy(random.choice(VALUES))
+        try:
+            examples_from_row(row, format=random.choice([None, name]))
+        except RowError:
+            num_refused += 1
+    assert 100 < num_refused < 300
 
 
 @pytest.mark.parametrize("task", TASKS)

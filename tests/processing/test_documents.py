@@ -250,6 +250,12 @@ def test_whatever_a_model_writes_is_read_or_reported(html):
     assert len(moved) >= len(html) - 1  # 1,2,3,5 gets quotes, "1 2 3 5" stays
 
 
+def test_a_stray_end_tag_inside_an_element_does_not_end_it():
+    parsed = parse_document('<p data-bbox="1 2 3 5">a</b>c</p>', on_error="collect")
+    assert [str(problem) for problem in parsed.problems] == ["line 1: </b> closes nothing"]
+    assert parsed.document.elements[0].text == "ac"
+
+
 def test_good_elements_beside_a_bad_one_are_kept():
     parsed = parse_document('<p data-bbox="1 2 3 5">a</p><b>x</b><p data-bbox="7 11 13 17">c</p>', on_error="collect")
     assert [item.text for item in parsed.document.elements] == ["a", "c"]

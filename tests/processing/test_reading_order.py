@@ -40,6 +40,12 @@ def test_boxes_that_overlap_a_little_are_still_two_columns():
     ]
 
 
+def test_boxes_that_overlap_by_more_than_a_little_are_no_columns():
+    # 40 wide, each gives up 2 on either side: an overlap of 6 remains one of 2.
+    assert reading_order([Box(0, 20, 40, 40), Box(34, 0, 74, 10)]) == [1, 0]
+    assert reading_order([Box(0, 20, 40, 40), Box(36, 0, 76, 10)]) == [0, 1]
+
+
 def test_blocks_that_nothing_separates_go_by_top_then_left():
     assert reading_order([Box(0, 5, 60, 60), Box(20, 0, 100, 55), Box(40, 5, 100, 60)]) == [1, 0, 2]
 

@@ -77,7 +77,11 @@ def test_the_question_names_all_classes_unless_the_row_brings_its_own():
         (coco(box(2, 1, 1, -2, 2)), "negative width or height"),
         ({**coco(), "image": {"file_name": "a.png", "width": 0, "height": 5}}, "they are 0 and 5"),
         ({**coco(), "image": "a.png"}, "image must be a dictionary with file_name"),
-        ({**coco(), "categories": ["cat"]}, "a category must have id and name, this is 'cat'"),
+        ({**coco(), "categories": ["cat"]}, "categories must be a list of dictionaries, it is ['cat']"),
+        ({**coco(), "categories": [{"id": 2}]}, "a category must have id and name, this is {'id': 2}"),
+        ({**coco(), "categories": [{"id": [], "name": "cat"}]}, "a category must have id and name"),
+        ({**coco(), "annotations": 7}, "annotations must be a list of dictionaries, it is 7"),
+        (coco(box([], 1, 1, 2, 2)), "an annotation has no known category_id"),
     ],
 )
 def test_malformed_detection_rows_are_refused(row, reason):
@@ -92,12 +96,14 @@ def test_a_coco_file_becomes_one_row_per_picture_and_annotations_without_a_pictu
     }
     rows = list(rows_of_coco(document))
     assert [(row["id"], [item["id"] for item in row["annotations"]]) for row in rows] == [(5, [2]), (7, [1, 3])]
+    with pytest.raises(ValueError, match=r"an image has no id: \{\}"):
+        list(rows_of_coco({**document, "images": [{}]}))
     document["annotations"].append({"id": 4, "image_id": 11})
     with pytest.raises(
         ValueError, match="1 of 4 annotations name an image_id that 'images' does not have, the first has"
     ):
         list(rows_of_coco(document))
-    with pytest.raises(ValueError, match="a COCO file needs 'categories' to be a list"):
+    with pytest.raises(ValueError, match="categories must be a list of dictionaries, it is None"):
         list(rows_of_coco({**document, "categories": None}))
 
 
