@@ -42,6 +42,10 @@ def test_a_part_without_a_rate_has_the_language_models(build):
     assert {lr for lr, _ in settings_by_name(model, LearningRates(base=7.0, tower_layer_decay=1.0)).values()} == {7.0}
 
 
+def test_a_rate_of_zero_is_a_rate():
+    assert LearningRates(base=7.0, adapter=0.0).of_part("adapter") == 0.0
+
+
 def test_each_block_of_the_tower_learns_half_as_fast_as_the_next(build):
     model = build("llava")
     freeze(model, TrainedParts(PRETRAIN.parts))
