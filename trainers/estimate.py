@@ -24,7 +24,7 @@ from trainers.lora import TORCH_DTYPES
 from trainers.loss import token_losses
 from trainers.recipe_model import model_path, prepare_model, trained_parts
 from trainers.recipes import Recipe
-from trainers.sizes_only import Allocations, GpuBehaviour, gradients_labelled, nf4_bytes
+from trainers.sizes_only import WEIGHT_CASTS, Allocations, GpuBehaviour, gradients_labelled, nf4_bytes
 
 GIB = 2**30
 # Memory in GiB as nvidia-smi names it.
@@ -42,8 +42,8 @@ class Estimate:
     """Bytes on one device at the peak of a step.
 
     `weights`, `optimizer`: per part, there throughout. `moving`: what the step adds at its peak, by label: the parts'
-    activations, "gradients", "head and loss", "backward". `communication`: gradient buckets of data parallelism, or
-    the layers that FSDP has gathered.
+    activations, "gradients", "head and loss", "backward", copies of weights. `communication`: gradient buckets of data
+    parallelism, or the layers that FSDP has gathered.
     """
 
     recipe: Recipe
@@ -133,6 +133,8 @@ def estimate_config(config: PreTrainedConfig, recipe: Recipe) -> Estimate:
         for key in ("weights", "optimizer"):
             counts[key] = Counter({part: size // hardware.devices for part, size in counts[key].items()})
         moving["gradients"] //= hardware.devices
+        # FSDP gathers a layer in bfloat16 when it is needed, and keeps no copies.
+        del moving[WEIGHT_CASTS]
         # The layer in use and the next one, in the dtype of the multiplications.
         layers = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
         largest = max(sum(p.numel() for p in layer.parameters()) for stack in layers for layer in stack)
@@ -169,7 +171,7 @@ def _moving_bytes(decided: Freeze, recipe: Recipe, quantized: list[nn.Parameter]
             after = "tower" if part == "adapter" else "other"
             handles.append(module.register_forward_pre_hook(_labeller(memory, part)))
             handles.append(module.register_forward_hook(_labeller(memory, after)))
-    behaviour = GpuBehaviour(recipe.hardware.precision == "bfloat16", quantized)
+    behaviour = GpuBehaviour(recipe.hardware.precision == "bfloat16", quantized, memory)
     for module in (*decided.parts.modules("tower"), *decided.parts.modules("language_model")):
         if module.is_activation_checkpointing:
             # The mode is not on where layers are run again, inside the backward pass.

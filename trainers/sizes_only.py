@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+WEIGHT_CASTS = "bfloat16 copies of weights"
+
 
 class Allocations(TorchDispatchMode):
     """Counts the bytes of all tensors that live, by label, from the moment an operation returns them.
@@ -85,6 +87,7 @@ class GpuBehaviour(TorchFunctionMode):
 
     - sdpa keeps queries, keys, values, result and one log-sum per query, not the attention matrix.
     - Autocast (`autocast=True`): matrix products in bfloat16, norms and softmax in float32, as PyTorch's lists say.
+      Copies of weights are counted in `memory` under their own label.
     - A quantised weight (`quantized`) is unpacked for each product and dropped after it.
     - What is on the CPU (grids, indices) goes to the meta device where the two meet.
     """
@@ -93,9 +96,12 @@ class GpuBehaviour(TorchFunctionMode):
                     Tensor.matmul, Tensor.__matmul__)  # fmt: skip
     _IN_FLOAT32 = (functional.layer_norm, functional.softmax, functional.log_softmax, torch.softmax, Tensor.softmax)
 
-    def __init__(self, autocast: bool = False, quantized: Iterable[nn.Parameter] = ()) -> None:
+    def __init__(
+        self, autocast: bool = False, quantized: Iterable[nn.Parameter] = (), memory: Allocations | None = None
+    ) -> None:
         super().__init__()
         self.autocast = autocast
+        self.memory = memory
         self.caches_casts = True
         self._quantized = {id(weight) for weight in quantized}
         self._casts: dict[int, Tensor] = {}
@@ -130,6 +136,8 @@ class GpuBehaviour(TorchFunctionMode):
         # Autocast keeps the cast of a weight that learns until it is left, after the loss.
         if id(value) not in self._casts:
             self._casts[id(value)] = value.to(dtype)
+            if self.memory is not None:
+                self.memory.relabel(self._casts[id(value)], WEIGHT_CASTS)
         return self._casts[id(value)]
 
 
