@@ -185,6 +185,14 @@ def test_tower_and_adapter_wait_for_the_first_step_with_pictures(build, make_row
     assert frozen.check_gradients(saw_pictures=True)
 
 
+def test_the_language_model_does_not_wait_for_pictures(build):
+    model = build("qwen2_5_vl")
+    frozen = freeze(model, TrainedParts(("adapter", "language_model")))
+    model.zero_grad()  # no backward pass at all
+    with pytest.raises(RuntimeError, match="The language_model should train"):
+        frozen.check_gradients(saw_pictures=False)
+
+
 def test_a_frozen_parameter_that_somebody_thawed_is_an_error(build, make_rows, collate):
     model = build("qwen2_5_vl")
     frozen = freeze(model, TrainedParts(SFT.parts))
