@@ -65,8 +65,10 @@ def tokenizer_reference(shared):
 
 @pytest.fixture(scope="session")
 def byte_processor(byte_tokenizer):
-    """A factory of processors of the later families on bytes: pictures in patches of 2 x 2 pixels, merged 2 x 2, so that
-    16 pixels are one token, at least 4 tokens and at most 64."""
+    """A factory of processors of the later families on bytes.
+
+    Pictures come in patches of 2 x 2 pixels, merged 2 x 2: 16 pixels are one token, at least 4 tokens and at most 64.
+    """
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil, Qwen2VLProcessor, Qwen3VLProcessor
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 

@@ -93,6 +93,15 @@ def _llama(like):
     return tokenizer
 
 
+def test_a_template_may_write_what_looks_like_a_marker(byte_tokenizer, special):
+    def render(messages):
+        return "markedtextb0.markedtextxt1." + byte_tokenizer.apply_chat_template(messages, tokenize=False)
+
+    spans = chat_spans([QUESTION, ANSWER], render, special)
+    assert spans[0].text.startswith("markedtextb0.markedtextxt1.<|im_start|>system")
+    assert targets(spans) == ["2", "<|im_end|>"]
+
+
 def test_parts_that_became_text_are_targets_in_an_answer_and_may_hold_special_tokens(byte_tokenizer, special):
     """As the processors of this package render boxes: the part is text by the time the template sees it."""
 

@@ -8,8 +8,9 @@ from PIL import Image
 
 from processing.chat_spans import IGNORE
 from processing.example import Example, RowError
-from processing.length import LengthPolicy, picture_tokens, shrink_to, with_max_pixels
+from processing.length import Draft, LengthPolicy, fit, picture_tokens, shrink_to, with_max_pixels
 from processing.processing_families import Qwen2_5_VLProcessor
+from processing.span_encoding import EncodedSpans
 from processing.supervision import encode
 
 
@@ -145,6 +146,20 @@ def test_a_smaller_limit_leaves_the_processor_as_it_was(processor):
     assert limited.tokenizer is processor.tokenizer
     assert picture_tokens(shrink_to(processor, [(32, 32), (32, 32)], 100), [(32, 32), (32, 32)]) == [49, 49]
     assert shrink_to(processor, [(32, 32)], 3) is None
+
+
+def test_a_picture_shrinks_further_where_its_coordinates_take_more_tokens_than_before(processor):
+    """Fewer digits may be more tokens for some tokenizer: here the text grows from 10 to 15 tokens with any shrinking."""
+
+    def draft(limited, num_messages):
+        pads = picture_tokens(limited, [(32, 32)])[0]
+        num_text = 10 if limited is processor else 15
+        encoded = EncodedSpans([0] * (num_text + pads), [], [], [num_text + pads])
+        return Draft(limited, num_messages, encoded, [], [(32, 32)], pads)
+
+    fitted, steps = fit(draft(processor, 2), draft, [], LengthPolicy(60))
+    assert steps == ("shrink",)
+    assert (fitted.num_picture_tokens, fitted.length) == (36, 51)  # 49 would fit beside 10 tokens, not beside 15
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,18 @@ def test_a_seed_and_an_epoch_decide_the_order_and_lists_are_shuffled():
     assert [row for row in mixture("streams") if row in A] == A
 
 
+def test_a_list_is_shuffled_anew_in_each_epoch_and_each_time_it_is_gone_through():
+    twice = list(islice(Mixture({"a": A, "b": range(9999)}, {"a": 9999, "b": 1}, stop="all"), 2 * len(A) + 5))
+    rows = [row for row in twice if row in A]
+    assert sorted(rows[: len(A)]) == sorted(A)
+    assert rows[: len(A)] != rows[len(A) : 2 * len(A)]
+    alone = Mixture({"a": A})
+    first = list(alone)
+    alone.set_epoch(1)
+    assert sorted(first) == sorted(alone)
+    assert first != list(alone)
+
+
 @pytest.mark.parametrize("kind", SOURCES)
 @pytest.mark.parametrize("stop", ["once", "first", "all"])
 def test_ranks_have_the_rows_of_the_stream_in_turn(kind, stop):

@@ -9,6 +9,7 @@ from PIL import Image
 from processing.chat_spans import IGNORE
 from processing.example import Example, RowError, Source
 from processing.length import LengthPolicy
+from processing.processing_families import Qwen2_5_VLProcessor
 from processing.rows import read_rows
 from processing.special_tokens import QWEN_VL_SPECIAL_TOKENS
 from processing.supervision import Supervision, encode
@@ -125,6 +126,15 @@ def test_ids_types_and_pixels_are_those_of_the_processor_itself(family, byte_pro
     assert torch.equal(encoded.vision["image_grid_thw"], theirs["image_grid_thw"])
     assert supervised_text(encoded, processor) == "Zwei.<|im_end|>Yes.<|im_end|>"
     assert encoded.loss_weights is None
+
+
+def test_boxes_are_written_for_the_width_and_height_of_the_resized_picture(byte_processor):
+    """64 x 32 becomes 44 x 20: multiples of 4 with at most 1024 pixels."""
+    processor = byte_processor("qwen2_5_vl", cls=Qwen2_5_VLProcessor)
+    box = {"type": "box", "bbox": [32, 8, 64, 16], "label": "a"}
+    encoded = encode(conversation([{"type": "image", "image": picture(64, 32)}], [box]), processor)
+    assert encoded.vision["image_grid_thw"].tolist() == [[1, 10, 22]]
+    assert '"bbox_2d": [22, 5, 44, 10]' in supervised_text(encoded, processor)
 
 
 def test_plain_style_supervises_the_answer_and_endoftext(byte_processor):
