@@ -149,7 +149,7 @@ def test_a_smaller_limit_leaves_the_processor_as_it_was(processor):
 
 
 def test_a_picture_shrinks_further_where_its_coordinates_take_more_tokens_than_before(processor):
-    """Fewer digits may be more tokens for some tokenizer: here the text grows from 10 to 15 tokens with any shrinking."""
+    """Fewer digits may be more tokens for some tokenizer: here the text grows from 10 to 15 tokens when shrunk."""
 
     def draft(limited, num_messages):
         pads = picture_tokens(limited, [(32, 32)])[0]
