@@ -285,6 +285,14 @@ def test_a_tower_that_trains_is_left_alone(family, build, make_rows, collate):
     assert all(model.get_parameter(name).grad is not None for name in stem)
 
 
+def test_a_stem_that_trains_in_front_of_a_frozen_block_still_gets_its_gradient(build, make_rows, collate):
+    model = build("qwen2_5_vl")
+    frozen = freeze(model, TrainedParts(("tower",), frozen_patterns=(r"blocks\.0\.",)))
+    with frozen.tower_without_graph():
+        backward(model, collate(make_rows("qwen2_5_vl", 2)))
+    assert model.model.visual.patch_embed.proj.weight.grad is not None
+
+
 def test_the_hook_is_gone_after_the_context(build):
     model = build("qwen2_5_vl")
     frozen = freeze(model, TrainedParts(SFT.parts))
