@@ -1,5 +1,6 @@
 """QWenTokenizer: equal to the original on its recordings, and the same behaviour on a small trained vocabulary."""
 
+import base64
 import json
 
 import pytest
@@ -144,6 +145,23 @@ def test_a_tag_that_normalisation_changes_is_no_tag(small):
     struck = "<img>\u0338"  # composes to <img≯
     assert small.convert_tokens_to_ids("<img>") not in small.encode(struck)
     assert small.decode(small.encode(struck)) == "<img\u226f"
+    assert small.encode_text(struck, ["<img>"]) == small.encode(struck)
+
+
+def test_a_rank_file_becomes_a_tokenizer_with_end_and_padding_tokens_and_without_remote_code(tmp_path):
+    ranks = [bytes([byte]) for byte in range(256)] + [b"th", b"re", b"ee", b"thre"]
+    lines = [base64.b64encode(token) + b" %d" % rank for rank, token in enumerate(ranks)]
+    (tmp_path / "qwen.tiktoken").write_bytes(b"\n".join(lines) + b"\n")
+    config = {
+        "tokenizer_class": "QWenTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]},
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = QWenTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.encode("three <box>") == [259, ord("e"), ord(" "), 260 + 210]
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token) == (260, 260, None)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert "auto_map" not in json.loads((tmp_path / "saved/tokenizer_config.json").read_text())
 
 
 def test_special_strings_stay_text_unless_allowed(small):
