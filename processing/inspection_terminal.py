@@ -57,7 +57,7 @@ def row_panel(inspection: Inspection) -> RenderableType:
         shown = token.text if token.number == 1 or not token.is_special else f"<{token.number} x {token.text}>"
         text.append(shown, style=STYLES[token.kind])
     pieces.append(text)
-    title = Text(f"{inspection.source.where}  {inspection.task or ''}")
+    title = Text(f"{inspection.source.where}  {inspection.task or ''}".rstrip())
     return Panel(Group(*pieces), title=title, title_align="left", subtitle=_numbers(inspection), subtitle_align="left")
 
 

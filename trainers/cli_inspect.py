@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from processing.example import RowError
 
 
 def inspect(
@@ -46,7 +51,7 @@ def inspect(
     try:
         policy = None if max_length is None else LengthPolicy(max_length, tuple(steps.split(",")))  # type: ignore[arg-type]
         limits = PictureLimits(allow_network=network)
-        supervise = Supervision(load_processor(model), policy, train_on=train_on, limits=limits)
+        supervise = Supervision(load_processor(model), policy, train_on, limits=limits)  # type: ignore[arg-type]
         reader = read_rows(file, format=format, root=root, on_error="collect", split=split)
         examples = list(islice((e for e in reader if e.kind == "sft"), rows))
     except (ValueError, OSError) as error:
@@ -72,6 +77,6 @@ def inspect(
         raise typer.Exit(1)
 
 
-def _print_problems(console, problems) -> None:  # type: ignore[no-untyped-def]
+def _print_problems(console: Console, problems: list[RowError]) -> None:
     for problem in problems:
         console.print(f"refused: {problem}", style="red", markup=False, highlight=False)
