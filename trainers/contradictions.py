@@ -135,6 +135,16 @@ hardware.per_device_batch_size 1
             hardware.sharding == "full" and quantized,
         ),
         (
+            "run.answers asks for held-out rows to be answered, but run.evaluate_every is null: set it, or answers "
+            "to 0",
+            recipe.run.answers > 0 and recipe.run.evaluate_every is None,
+        ),
+        (
+            "run.feature_cache_dir keeps what a frozen tower gives, but parts.tower learns: freeze it, or set the "
+            "cache to null",
+            recipe.run.feature_cache_dir is not None and parts.tower.train != "frozen",
+        ),
+        (
             "run.evaluate_every is set, but data.validation is empty: name a file of held-out rows",
             recipe.run.evaluate_every is not None and not data.validation,
         ),

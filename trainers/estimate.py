@@ -33,8 +33,8 @@ GPUS = {"T4": 15.0, "RTX 3090": 24.0, "RTX 4090": 24.0, "L40S": 45.0, "A100 40GB
 # Assumptions, not measurements: CUDA's context with cuBLAS's workspaces, and what the allocator cannot reuse.
 CONTEXT_GIB = 1.0
 FRAGMENTATION = 0.05
-# Bytes of AdamW's two states per trained weight, as multiples of the weight's own size where it is a float.
-EIGHT_BIT_STATES = 2 + 2 * 4 / 256  # one byte each, and a float32 scale per block of 256
+# bitsandbytes' 8-bit AdamW, bytes per trained weight: two states of one byte, and a float32 scale per 256 of each.
+EIGHT_BIT_STATES = 2 + 2 * 4 / 256
 
 
 @dataclass(frozen=True)
@@ -127,15 +127,14 @@ def estimate_config(config: PreTrainedConfig, recipe: Recipe) -> Estimate:
         if parameter.requires_grad:
             counts["trained"][part] += numel
             gradients += parameter.nbytes
-            counts["optimizer"][part] += _optimizer_bytes(parameter, settings_of=recipe)
+            counts["optimizer"][part] += _optimizer_bytes(parameter, recipe)
     communication = 0
     if hardware.sharding == "full":
         for key in ("weights", "optimizer"):
             counts[key] = Counter({part: size // hardware.devices for part, size in counts[key].items()})
         moving["gradients"] //= hardware.devices
-        # FSDP gathers a layer in bfloat16 when it is needed, and keeps no copies.
+        # FSDP keeps no copies of weights: it gathers the layer in use and the next one, in the multiplications' dtype.
         del moving[WEIGHT_CASTS]
-        # The layer in use and the next one, in the dtype of the multiplications.
         layers = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
         largest = max(sum(p.numel() for p in layer.parameters()) for stack in layers for layer in stack)
         communication = 2 * largest * TORCH_DTYPES[hardware.precision].itemsize
@@ -151,8 +150,8 @@ def _language_model_matrices(model: PreTrainedModel) -> list[nn.Parameter]:
     return [parameter for name, parameter in parts.parameters("language_model") if name in linear]
 
 
-def _optimizer_bytes(parameter: Tensor, settings_of: Recipe) -> int:
-    if settings_of.optimizer.states == "float32":
+def _optimizer_bytes(parameter: Tensor, recipe: Recipe) -> int:
+    if recipe.optimizer.states == "float32":
         return 2 * parameter.nbytes  # torch's AdamW keeps both states in the dtype of the weight
     # bitsandbytes keeps float32 states for tensors below 4096 weights.
     return int(EIGHT_BIT_STATES * parameter.numel()) if parameter.numel() >= 4096 else 8 * parameter.numel()

@@ -191,14 +191,17 @@ def load_lora(
     """
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False
+    embedding = next(path for path, module in base.named_modules() if module is base.get_input_embeddings())
     new_token_ids = [i for ids in (config.trainable_token_indices or {}).values() for i in ids]
-    make_room(base, max(new_token_ids, default=-1) + 1)
-    model = PeftModel(base, config, autocast_adapter_dtype=False)
-    path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
-    wanted = set(get_peft_model_state_dict(model))
-    with safe_open(path, "pt") as file:
+    num_rows = max(new_token_ids, default=-1) + 1
+    with safe_open(Path(folder) / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
         saved = set(file.keys())
         saved_dtypes = {file.get_tensor(name).dtype for name in saved}
+        if (whole_table := f"base_model.model.{embedding}.weight") in saved:
+            num_rows = file.get_slice(whole_table).get_shape()[0]
+    make_room(base, num_rows)
+    model = PeftModel(base, config, autocast_adapter_dtype=False)
+    wanted = set(get_peft_model_state_dict(model))
     if wanted != saved:
         missing, unexpected = sorted(wanted - saved), sorted(saved - wanted)
         raise ValueError(

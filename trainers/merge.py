@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
+import modeling_qwenvl  # noqa: F401 -- registers Qwen-VL with AutoModelForImageTextToText
 from trainers.families import embedding_modules
 from trainers.lora import load_lora
 

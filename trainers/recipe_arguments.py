@@ -30,6 +30,7 @@ ARGUMENT_OF: dict[str, str] = {
     "run.save_every": "save_steps",
     "run.keep_checkpoints": "save_total_limit",
     "run.report_to": "report_to",
+    "run.feature_cache_dir": "feature_cache_dir",
 }
 SCHEDULERS = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
 OPTIMIZERS = {"float32": "adamw_torch_fused", "8bit": "adamw_bnb_8bit", "8bit_paged": "paged_adamw_8bit"}

@@ -23,10 +23,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RecipeData:
-    """What a stage trainer takes. Without `collator` the rows are Examples, which the trainer encodes itself."""
+    """What a stage trainer takes. Without `collator` the rows are Examples, which the trainer encodes itself.
+
+    `held_out`: the Examples of `data.validation`, whatever `validation` makes of them.
+    """
 
     train: Any
     validation: Any
+    held_out: list[Example]
     collator: Callable[[Sequence[Any]], dict[str, Any]] | None
 
 
@@ -46,18 +50,18 @@ def load_recipe_data(
     supervise = Supervision(processor, length=LengthPolicy(data.max_length, ("shrink", "trim", data.too_long)))
     files = [_read(file, recipe, stage, supervise) for file in data.train]
     train = [example for examples in files for example in examples]
-    held_out = [example for file in data.validation for example in _read(file, recipe, stage, supervise)] or None
+    held_out = [example for file in data.validation for example in _read(file, recipe, stage, supervise)]
     if data.packing:
         collator = PackedRowsCollator(PackedCollator.for_processor(processor, tokens_per_second))
-        held_out_sequences = None if held_out is None else _packed(held_out, recipe, stage, supervise)
-        return RecipeData(_packed(train, recipe, stage, supervise), held_out_sequences, collator)
+        validation = _packed(held_out, recipe, stage, supervise) if held_out else None
+        return RecipeData(_packed(train, recipe, stage, supervise), validation, held_out, collator)
     if len({file.weight for file in data.train}) == 1:
-        return RecipeData(train, held_out, None)
+        return RecipeData(train, held_out or None, held_out, None)
     # Numbered, since the same file may be listed twice.
     names = [f"{number} {file.path}" for number, file in enumerate(data.train)]
     weights = dict(zip(names, (file.weight for file in data.train), strict=True))
     mixture = Mixture(dict(zip(names, files, strict=True)), weights, stop="all", seed=recipe.run.seed)
-    return RecipeData(mixture, held_out, None)
+    return RecipeData(mixture, held_out or None, held_out, None)
 
 
 class PackedRows(Dataset):

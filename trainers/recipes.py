@@ -189,7 +189,11 @@ class EstimateSection:
 
 @dataclass(frozen=True, config=CHECKED)
 class RunSection:
-    """Where results go and how often; all intervals in optimiser steps."""
+    """Where results go and how often; all intervals in optimiser steps.
+
+    `answers`: how many rows of `data.validation`, from the first on, are answered and scored at each evaluation; 0 is
+    none. `feature_cache_dir`: where a frozen tower's features are kept for later epochs.
+    """
 
     output_dir: str = "runs/qwenvl"
     seed: int = 0
@@ -197,6 +201,8 @@ class RunSection:
     save_every: Count = 500
     keep_checkpoints: Count = 2
     evaluate_every: Count | None = None
+    answers: Annotated[int, Ge(0)] = 0
+    feature_cache_dir: str | None = None
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from transformers import set_seed
 
 from trainers.checkpoints import find_last_checkpoint
+from trainers.evaluation import GenerationEvaluation
 from trainers.example_batches import at_stage_resolution
 from trainers.families import unwrap
 from trainers.multitask import QwenVLMultiTaskTrainer
@@ -53,6 +54,7 @@ def build_trainer(recipe: Recipe) -> StageTrainer:
     resized = at_stage_resolution(processor, unwrap(model).config, stage, recipe.data.picture_side)
     vision = unwrap(model).config.to_dict().get("vision_config", {})
     data = load_recipe_data(recipe, stage, resized, vision.get("tokens_per_second"))
+    asked = data.held_out[: recipe.run.answers]
     return trainer_class(
         model=model,
         args=arguments,
@@ -61,6 +63,7 @@ def build_trainer(recipe: Recipe) -> StageTrainer:
         data_collator=data.collator,
         processing_class=resized,
         trained=trained_parts(recipe),
+        generation=GenerationEvaluation(asked) if asked else None,
     )
 
 

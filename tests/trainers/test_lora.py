@@ -239,11 +239,12 @@ def test_an_adapter_folder_that_lacks_a_tensor_or_has_one_too_many_is_refused(tm
         load_lora(build("qwen2_vl"), tmp_path)
 
 
-def test_new_tokens_beyond_the_table_find_room_again_on_reload(tmp_path, build, make_rows, collate):
+@pytest.mark.parametrize("embeddings", ["new_tokens", "full"])
+def test_new_tokens_beyond_the_table_find_room_again_on_reload(tmp_path, build, embeddings):
     model = build("qwen2_vl")
     rows = model.get_input_embeddings().weight.shape[0]
     make_room(model, rows + 2)
-    model = add_lora(model, lora_recipe(embeddings="new_tokens"), (rows, rows + 1))
+    model = add_lora(model, lora_recipe(embeddings=embeddings), (rows, rows + 1))
     model.save_pretrained(tmp_path)
     again = load_lora(build("qwen2_vl"), tmp_path)
     assert again.get_input_embeddings().weight.shape[0] == rows + 2

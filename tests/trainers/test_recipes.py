@@ -152,6 +152,8 @@ def test_all_that_is_wrong_is_said_at_once():
         ("qlora_24gb", ["data.train=[{path: a, weight: 2}, {path: b}]"], "a mixture has no epochs"),
         ("paper_multitask", ["data.train=[{path: a, weight: 2}, {path: b}]"], "which data.packing does not know"),
         ("paper_sft", ["run.evaluate_every=5"], "data.validation is empty"),
+        ("paper_sft", ["run.answers=5"], "run.evaluate_every is null"),
+        ("paper_multitask", ["run.feature_cache_dir=features"], "parts.tower learns: freeze it"),
     ],
 )  # fmt: skip
 def test_values_that_contradict_each_other_are_refused(base, overrides, message):

@@ -169,10 +169,22 @@ def test_rows_that_are_too_long_are_refused_or_left_out_as_the_recipe_says(setti
 
 
 def test_held_out_rows_are_evaluated(settings, rows_file):
-    more = [f"data.validation=[{{path: {rows_file}}}]", "run.evaluate_every=2"]
+    more = [f"data.validation=[{{path: {rows_file}}}]", "run.evaluate_every=2", "run.answers=3"]
     trainer = build_trainer(load_recipe("cpu_demo", settings("qwen2_5_vl", *more)))
+    assert len(trainer.generation.examples) == 3
     trainer.train()
-    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [2, 3]
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert [entry["step"] for entry in evaluations] == [2, 3]
+    assert any("exact_match" in name for entry in trainer.state.log_history for name in entry)
+
+
+def test_a_frozen_tower_s_features_are_kept_where_the_recipe_says(settings, tmp_path):
+    trainer = build_trainer(
+        load_recipe("cpu_demo", settings("qwen2_5_vl", f"run.feature_cache_dir={tmp_path / 'features'}"))
+    )
+    trainer.train()
+    assert trainer.feature_cache.misses > 0
+    assert list((tmp_path / "features").rglob("*"))
 
 
 def test_stages_one_and_two_train_on_plain_text_without_roles(settings):
