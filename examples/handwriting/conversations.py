@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from examples.handwriting.scenes import NUMERALS, SIZE, Mark, Scene
+from examples.handwriting.scenes import NUMERALS, Mark, Scene
 from processing import tasks
 from processing.example import Example
 from processing.parts import Part
@@ -191,15 +191,6 @@ WEIGHTS = {
 def plain(scene: Scene, rng: Rng, name: str) -> Example:
     """A row of one of the paper's tasks."""
     return replace(_PLAIN[name](scene, rng), weight=WEIGHTS[name])
-
-
-def description_of(scene: Scene, rng: Rng) -> str:
-    """Everything about the scene in words, the digits in any order: what stage 0 reads in the place of a picture."""
-    lines = []
-    for mark in (scene.marks[index] for index in rng.permutation(len(scene.marks))):
-        x1, y1, x2, y2 = (min(999, round(c * 1000 / SIZE)) for c in mark.box)
-        lines.append(f"{mark.colour} {mark.name} {mark.place} ({x1},{y1}),({x2},{y2})")
-    return "; ".join(lines) + ". "
 
 
 def chat(scene: Scene, rng: Rng, names: list[str]) -> Example:

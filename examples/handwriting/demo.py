@@ -66,7 +66,8 @@ def run_demo(output: Path, recipe: Recipe, minutes: float | None = None, seeds: 
     samples = _save_samples(first, output / "samples")
     commands = [
         f"qwenvl chat --model {first.model_dir} --image {samples[0]}",
-        f'qwenvl chat --model {first.model_dir} --image {samples[0]} --question "Where is the {first.held_out[0].marks[0].name}?" --draw boxes.png',
+        f"qwenvl chat --model {first.model_dir} --image {samples[0]} "
+        f'--question "Where is the {first.held_out[0].marks[0].name}?" --draw boxes.png',
     ]
     runs = [one.run for one in taught]
     page = output / "report.html"

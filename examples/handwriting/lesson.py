@@ -1,6 +1,6 @@
 """One run from nothing: scenes, tokenizer, model, stage 0, the three stages, and the scores in between."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -18,7 +18,7 @@ from examples.handwriting.results import BLIND, Run, StageRun
 from examples.handwriting.scenes import Scene, make_scenes
 from examples.handwriting.scoring import TASKS, Score, ask, commonest_answer, questions, score
 from examples.handwriting.stage0 import train_tower
-from examples.handwriting.training import described_rows, rows, run_stage, texts_of_all_tasks
+from examples.handwriting.training import rows, rows_without_pictures, run_stage, texts_of_all_tasks
 from modeling_qwenvl import parameter_counts
 from processing.special_tokens import GROUNDING_TOKENS
 from processing.supervision import Supervision
@@ -52,7 +52,7 @@ class Lesson:
 
     Args:
         train_forms, test_forms: whose digits are learned from and asked about.
-        deadline: `perf_counter()` at which the last step should be done, evaluations included: from stage 1 on, steps
+        deadline: what `clock` says when the last step should be done, evaluations included: from stage 1 on, steps
             are left out where the machine is slower than the recipe's.
     """
 
@@ -65,8 +65,10 @@ class Lesson:
         deadline: float,
         train_forms: Sequence[int] = (*TRAIN_FORMS, *DEV_FORMS),
         test_forms: Sequence[int] = TEST_FORMS,
+        clock: Callable[[], float] = perf_counter,
     ):
-        self.recipe, self.seed, self.output, self.progress, self.deadline = recipe, seed, output, progress, deadline
+        self.recipe, self.seed, self.output, self.progress = recipe, seed, output, progress
+        self.deadline, self.clock = deadline, clock
         self.seconds: dict[str, float] = {}
         self.stages: list[StageRun] = []
         self.scores: dict[str, dict[str, Score]] = {}
@@ -165,12 +167,11 @@ class Lesson:
         learned_from: str,
         trained: TrainedParts | None = None,
     ) -> None:
-        recipe = self._in_time(planned)
+        recipe = self.in_time(planned)
         with timed(self.seconds, "texts to ids"):
             seed = 1000 * self.seed + len(self.stages)
             if name == TEXT_STAGE:
-                made = described_rows(self.scenes, recipe.mixture, recipe.rows, seed, self.processor)
-                # The places in these texts are written out already.
+                made = rows_without_pictures(self.scenes, recipe.mixture, recipe.rows, seed, self.processor)
                 supervise = Supervision(self.processor, special_in_text=GROUNDING_TOKENS)
             else:
                 made = rows(self.scenes, recipe.mixture, recipe.rows, seed)
@@ -196,11 +197,11 @@ class Lesson:
             )
         )
 
-    def _in_time(self, planned: StageRecipe) -> StageRecipe:
+    def in_time(self, planned: StageRecipe) -> StageRecipe:
         """`planned` with so many steps that this stage and those after it end before the deadline."""
         after = [self.recipe.text, self.recipe.pretrain, self.recipe.multitask, self.recipe.sft]
         needed = self.slowness * sum(stage.seconds for stage in after[after.index(planned) :])
-        left = self.deadline - perf_counter()
+        left = self.deadline - self.clock()
         share = min(1.0, max(left, 0.0) / needed)
         return replace(planned, steps=max(1, round(planned.steps * share)))
 

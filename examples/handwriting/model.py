@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from examples.handwriting.scenes import SIZE
 from modeling_qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
 from processing import QwenVLImageProcessorPil, QwenVLProcessor, train_qwenvl_tokenizer
-from processing.special_tokens import ENDOFTEXT, IM_END, IMG_END, IMG_START, IMGPAD
+from processing.special_tokens import IMG_END, IMG_START, IMGPAD
 
 PATCH = 5  # 8 x 8 patches of a scene; a digit's square is 3 x 3 of them
 NUM_QUERIES = 16  # the paper's ratio: a quarter of the patches
@@ -24,7 +24,6 @@ def make_processor(texts: Iterable[str]) -> QwenVLProcessor:
 def make_model(processor: QwenVLProcessor) -> QwenVLForConditionalGeneration:
     """Tower (4 blocks), resampler (16 queries) and language model (4 layers), all 128 wide, at random."""
     ids = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in (IMGPAD, IMG_START, IMG_END)}
-    stop, pad = processor.tokenizer.convert_tokens_to_ids([IM_END, ENDOFTEXT])
     config = QwenVLConfig(
         vision_config={
             "model_type": "qwen_vl_vision",
@@ -58,6 +57,6 @@ def make_model(processor: QwenVLProcessor) -> QwenVLForConditionalGeneration:
         tie_word_embeddings=True,
     )
     model = QwenVLForConditionalGeneration(config)
-    model.generation_config.eos_token_id = [stop, pad]
-    model.generation_config.pad_token_id = pad
+    model.generation_config.eos_token_id = processor.stop_token_ids
+    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     return model

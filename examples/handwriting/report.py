@@ -20,15 +20,15 @@ TRUE, FOUND = "#0b8f5a", "#e8590c"  # colours of true and predicted boxes
 CURVES = ("#868e96", "#adb5bd", "#1971c2", "#0b8f5a", "#e8590c")
 
 DATA = (
-    "The 1797 digits of scikit-learn (8x8 pixels, the test part of UCI's Optical Recognition of Handwritten Digits) are the "
-    "contents of 14 forms that 13 people filled in. Scenes for training show digits of forms 0 to 10, held-out scenes those "
-    "of forms 11 to 13. One person may have filled in two forms, so it cannot be ruled out that one hand is on both sides; "
-    "no digit is. Recipes were chosen on forms 9 and 10, before these were added to training."
+    "The 1797 digits of scikit-learn (8x8 pixels, the test part of UCI's Optical Recognition of Handwritten Digits) "
+    "are the contents of 14 forms that 13 people filled in. Scenes for training show digits of forms 0 to 10, "
+    "held-out scenes those of forms 11 to 13. One person may have filled in two forms, so it cannot be ruled out that "
+    "one hand is on both sides; no digit is. Recipes were chosen on forms 9 and 10, before these were added to training."
 )
 STAGE_0 = (
-    "Stage 0 is ours: it stands for OpenCLIP's tower and Qwen-7B, with which the paper begins. In it the tower learns to "
-    "say for every patch which digit and colour it lies on and where that digit's box is, and the language model reads the "
-    "scenes' texts without pictures. The resampler starts from our local initialisation."
+    "Stage 0 is ours: it stands for OpenCLIP's tower and Qwen-7B, with which the paper begins. In it the tower learns "
+    "to say for every patch which digit and colour it lies on and where that digit's edges are, and the language "
+    "model learns the scenes' texts without pictures. The resampler starts from our local initialisation."
 )
 STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 
@@ -56,8 +56,8 @@ def report(
     ]
     parts = [
         f"<h1>A Qwen-VL of {total / 1e6:.1f} million parameters learns to see handwriting</h1>",
-        "<p class=soft>Real architecture, real processor, the three stages of the paper; digits from people whose hand "
-        f"it never saw. Every number below was measured in this run, on {num_scenes} held-out scenes per task.</p>",
+        "<p class=soft>Real architecture, real processor, the paper's three stages; digits from people whose hand it "
+        f"never saw. Every number below was measured in this run, on {num_scenes} held-out scenes per task.</p>",
         f'<div class="facts">{"".join(_fact(*fact) for fact in facts)}</div>',
         "<h2>Scores</h2>",
         f'<div class="panel">{_scores(run)}</div>',
@@ -161,7 +161,7 @@ def _curve(run: Run) -> str:
         axes.set(xlim=(0, max(start, 1)), ylim=(0, None), xlabel="optimiser steps", ylabel="loss")
         axes.spines[["top", "right"]].set_visible(False)
         text = StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 

@@ -8,6 +8,7 @@ Legend: B scenes, P patches, C width.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import cos, pi
 
 import numpy as np
@@ -20,64 +21,76 @@ from modeling_qwenvl import QwenVLVisionModel
 
 NOTHING = 10  # the digit of a patch without one
 PAPER = len(COLOURS)  # the colour of a patch without a digit
-BOX_SCALE = 8.0  # see PatchHead
+BINS = 16  # an edge of a box is told as one of so many columns or rows
+NO_EDGE = BINS
 
 
-def patch_targets(scenes: list[Scene], patch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Per patch: digit or NOTHING (B, P), colour or PAPER (B, P), box (B, P, 4); row-major.
+@dataclass(frozen=True)
+class PatchTargets:
+    """What every patch should say: digit or NOTHING (B, P), colour or PAPER (B, P), edges or NO_EDGE (B, P, 4)."""
 
-    A patch lies on a digit if the digit's box holds its middle. Boxes are xyxy from the scene's middle, in shares of
-    SIZE, -0.5 to 0.5; 0 without a digit.
-    """
+    digit: Tensor
+    colour: Tensor
+    edges: Tensor
+
+    def __getitem__(self, batch: list[int]) -> "PatchTargets":
+        return PatchTargets(self.digit[batch], self.colour[batch], self.edges[batch])
+
+
+def patch_targets(scenes: list[Scene], patch: int) -> PatchTargets:
+    """A patch, in row-major order, lies on a digit if the digit's box holds its middle; edges are x1, y1, x2, y2."""
     grid = SIZE // patch
     middles = (np.arange(grid) + 0.5) * patch
-    digits = np.full((len(scenes), grid, grid), NOTHING)
-    colours = np.full((len(scenes), grid, grid), PAPER)
-    boxes = np.zeros((len(scenes), grid, grid, 4), dtype=np.float32)
+    digit = np.full((len(scenes), grid, grid), NOTHING)
+    colour = np.full((len(scenes), grid, grid), PAPER)
+    edges = np.full((len(scenes), grid, grid, 4), NO_EDGE)
     for index, scene in enumerate(scenes):
         for mark in scene.marks:
             x1, y1, x2, y2 = mark.box
             inside = np.ix_((y1 <= middles) & (middles < y2), (x1 <= middles) & (middles < x2))
-            digits[index][inside] = mark.value
-            colours[index][inside] = list(COLOURS).index(mark.colour)
-            boxes[index][inside] = np.array(mark.box) / SIZE - 0.5
+            digit[index][inside] = mark.value
+            colour[index][inside] = list(COLOURS).index(mark.colour)
+            edges[index][inside] = np.minimum(np.array(mark.box) * BINS // SIZE, BINS - 1)
     flat = (len(scenes), grid * grid)
-    return (
-        torch.from_numpy(digits.reshape(flat)),
-        torch.from_numpy(colours.reshape(flat)),
-        torch.from_numpy(boxes.reshape(*flat, 4)),
+    return PatchTargets(
+        torch.from_numpy(digit.reshape(flat)),
+        torch.from_numpy(colour.reshape(flat)),
+        torch.from_numpy(edges.reshape(*flat, 4)),
     )
 
 
 class PatchHead(nn.Module):
-    """Digit (10 and nothing), colour (4 and paper) and box of each patch, from the tower's output.
+    """Logits of digit (10 and nothing), colour (4 and paper) and edges (4 times 16 and none) of each patch.
 
-    The directions that are read have length 1, and boxes are asked for BOX_SCALE times as large: what a patch shows
-    must fill its vector, and be 0 where nothing is, so that it survives the averages that the resampler takes. With
-    free weights colours hid in a direction so faint that the language model hardly ever found it.
+    The directions that are read have length 1, and a place is a direction and not an amount: what a patch shows must
+    fill its vector, so that it survives the averages over patches that the resampler takes. With free weights, colours
+    hid in a direction so faint that the language model hardly found it, and places as four amounts were blurred.
     """
+
+    SIZES = (NOTHING + 1, PAPER + 1, 4 * (BINS + 1))
 
     def __init__(self, width: int):
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.directions = nn.Parameter(torch.randn(NOTHING + 1 + PAPER + 1 + 4, width))
+        self.directions = nn.Parameter(torch.randn(sum(self.SIZES), width))
 
     def forward(self, patches_BPC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        read = functional.linear(self.norm(patches_BPC), functional.normalize(self.directions))
-        digit, colour, box = read.split([NOTHING + 1, PAPER + 1, 4], dim=-1)
-        return digit, colour, box / BOX_SCALE
+        """Digit (B, P, 11), colour (B, P, 5), edges (B, P, 4, 17)."""
+        logits = functional.linear(self.norm(patches_BPC), functional.normalize(self.directions))
+        digit, colour, edges = logits.split(self.SIZES, dim=-1)
+        return digit, colour, edges.unflatten(-1, (4, BINS + 1))
 
 
-def patch_loss(outputs: tuple[Tensor, Tensor, Tensor], targets: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Cross-entropy of digit and colour (times 0.5) and 5 times the L1 distance of the box; paper counts 0.3."""
-    (digit, colour, box), (true_digit, true_colour, true_box) = outputs, targets
-    is_paper = true_digit == NOTHING
-    weight = torch.where(is_paper, 0.3, 1.0)
-    losses = (
-        functional.cross_entropy(digit.transpose(1, 2), true_digit, reduction="none")
-        + 0.5 * functional.cross_entropy(colour.transpose(1, 2), true_colour, reduction="none")
-        + 5.0 * (box - true_box).abs().mean(-1)
-    )
+def patch_loss(logits: tuple[Tensor, Tensor, Tensor], targets: PatchTargets) -> Tensor:
+    """Cross-entropy of digit, colour (times 0.5) and the mean of the edges; a patch of paper counts 0.3."""
+    digit, colour, edges = logits
+    weight = torch.where(targets.digit == NOTHING, 0.3, 1.0)
+
+    def entropy(some: Tensor, true: Tensor) -> Tensor:
+        return functional.cross_entropy(some.flatten(0, -2), true.flatten(), reduction="none").view(true.shape)
+
+    losses = entropy(digit, targets.digit) + 0.5 * entropy(colour, targets.colour)
+    losses = losses + entropy(edges, targets.edges).mean(-1)
     return (losses * weight).sum() / weight.sum()
 
 
@@ -122,9 +135,7 @@ def train_tower(
         if len(order) < batch_size:
             order = torch.randperm(len(scenes)).tolist()
         batch, order = order[:batch_size], order[batch_size:]
-        loss = patch_loss(
-            head(tower(pixels[batch]).last_hidden_state), (targets[0][batch], targets[1][batch], targets[2][batch])
-        )
+        loss = patch_loss(head(tower(pixels[batch]).last_hidden_state), targets[batch])
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PrinterCallback
 
-from examples.handwriting.conversations import ASK, WEIGHTS, chat, description_of, plain, two_pictures
+from examples.handwriting.conversations import ASK, WEIGHTS, chat, plain, two_pictures
 from examples.handwriting.progress import CountingCollator, StageProgress, Watch
 from examples.handwriting.recipe import StageRecipe
 from examples.handwriting.scenes import Scene
@@ -16,7 +16,6 @@ from processing import QwenVLProcessor
 from processing.collators import PaddedCollator
 from processing.encoded_example import EncodedExample
 from processing.example import Example
-from processing.parts import Part
 from trainers.arguments import StageArguments
 from trainers.freezing import TrainedParts
 from trainers.stage_trainer import StageTrainer
@@ -47,24 +46,24 @@ def texts_of_all_tasks(scenes: Sequence[Scene]) -> Iterator[str]:
     for scene in scenes:
         examples = [plain(scene, rng, name) for name in WEIGHTS if name != "two pictures"]
         examples += [chat(scene, rng, list(ASK)), two_pictures(scene, scenes[0], rng)]
-        yield description_of(scene, rng)
         for message in (message for example in examples for message in example.messages):
             for part in message["content"]:
                 yield from (part[key] for key in ("text", "label") if part.get(key))
         yield from ("system\nYou are a helpful assistant.", "user\n", "assistant\n", "Picture 1: ", "(123,456),(7,8)")
 
 
-def described_rows(
+def rows_without_pictures(
     scenes: Sequence[Scene], mixture: dict[str, float], count: int, seed: int, processor: QwenVLProcessor
 ) -> Iterator[Example]:
-    """As `rows`, of tasks about one picture, with the description of the scene in the place of the picture."""
-    rng = np.random.default_rng(seed)
-    for number, example in enumerate(rows(scenes, mixture, count, seed)):
-        description: Part = {"type": "text", "text": description_of(scenes[number % len(scenes)], rng)}
+    """As `rows`, of tasks about one picture, but the picture is missing: what can be said, not what is seen.
+
+    Places are written out, so that `Supervision` must be told to read the grounding tokens in the texts.
+    """
+    for example in rows(scenes, mixture, count, seed):
         sizes = [(picture.height, picture.width) for picture in example.pictures]
         messages = [
-            {**m, "content": [description if part["type"] == "image" else part for part in m["content"]]}
-            for m in processor.render_conversation(example.messages, sizes)
+            {**message, "content": [part for part in message["content"] if part["type"] == "text"]}
+            for message in processor.render_conversation(example.messages, sizes)
         ]
         yield replace(example, messages=messages)
 
@@ -113,7 +112,4 @@ def run_stage(
         trained=trained,
     )
     trainer.remove_callback(PrinterCallback)
-    # Trainer puts the tokenizer's single end token there; an answer in ChatML ends with another.
-    stops = model.generation_config.eos_token_id
     trainer.train()
-    model.generation_config.eos_token_id = stops

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from examples.handwriting.conversations import ASK, caption_of, chat, description_of, plain, two_pictures
+from examples.handwriting.conversations import ASK, caption_of, chat, plain, two_pictures
 from examples.handwriting.scenes import SIZE, Mark, Scene
 from examples.handwriting.scoring import TASKS
 
@@ -83,8 +83,3 @@ def test_every_task_has_a_plain_form_and_a_conversation_about_one_picture(task):
     assert task in ASK
     assert plain(SCENE, rng, task).style == "plain"
     assert plain(SCENE, rng, task).num_pictures == chat(SCENE, rng, [task, task]).num_pictures == 1
-
-
-def test_a_description_says_everything_in_thousandths():
-    words = description_of(Scene(BLANK, SCENE.marks[1:]), np.random.default_rng(0))
-    assert words == "blue seven centre (350,325),(650,675). "
