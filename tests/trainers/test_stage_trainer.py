@@ -206,6 +206,16 @@ def test_the_table_of_parts_is_printed_at_the_start(make_trainer, capsys):
     assert "language_model" in printed
 
 
+def test_a_frozen_tower_costs_one_forward_pass_per_batch_while_training(make_trainer):
+    trainer = make_trainer(max_steps=3, activation_checkpointing=True)
+    block = trainer.model.model.visual.blocks[0]
+    seen = []
+    # Inside the block, where the replay of checkpointing would come by again.
+    block.attn.qkv.register_forward_hook(lambda m, args, output: seen.append((output.requires_grad, block.training)))
+    trainer.train()
+    assert seen == [(False, False)] * 3
+
+
 def test_the_hook_on_a_frozen_tower_is_gone_after_training(make_trainer):
     trainer = make_trainer(max_steps=1)
     trainer.train()
