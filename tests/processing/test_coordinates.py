@@ -46,6 +46,12 @@ def test_x_is_measured_on_the_width_and_y_on_the_height():
     assert from_model([(406, 147)], FRAME, CONVENTIONS["qwen2_5_vl"]) == ((400.0, 150.0),)
 
 
+@pytest.mark.parametrize("name", ["qwenvl", "qwen2_vl", "qwen3_vl"])
+def test_normalized_numbers_are_thousandths_and_not_parts_of_999(name):
+    assert from_model([(999, 500)], FRAME, CONVENTIONS[name]) == ((799.2, 300.0),)
+    assert to_model(Point(400, 300), FRAME, CONVENTIONS[name]) == ((500, 500),)
+
+
 def test_coordinates_are_rounded_to_the_nearest_not_down():
     assert to_model(Point(0.7, 0.4), Frame(1000, 1000, 28, 28), CONVENTIONS["qwenvl"]) == ((1, 0),)
 
