@@ -1,7 +1,7 @@
 """Qwen-VL's tags inside a text, as typed parts that render back to the identical text.
 
-`<img>path</img>`, `<ref>phrase</ref>`, `<box>(x1,y1),(x2,y2)</box>`, `<quad>(x1,y1),(x2,y2),(x3,y3),(x4,y4)</quad>`, and
-a point as `<box>(x,y)</box>`; coordinates are whole numbers in [0, 1000) of the picture.
+`<img>path</img>`, `<ref>phrase</ref>`, `<box>(x1,y1),(x2,y2)</box>`, `<quad>(x1,y1),(x2,y2),(x3,y3),(x4,y4)</quad>`,
+and a point as `<box>(x,y)</box>`; coordinates are whole numbers in [0, 1000) of the picture.
 """
 
 from __future__ import annotations

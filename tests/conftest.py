@@ -18,7 +18,7 @@ def _one_thread_per_xdist_worker():
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Folder with recordings of the original code and its real vocabulary; tests that need it skip where it is absent."""
+    """Folder with recordings of the original code and its real vocabulary; tests that need it skip without it."""
     if not SHARED.is_dir():
         pytest.skip(
             f"{SHARED} is absent: it holds recordings of the original code that are not part of this repository"

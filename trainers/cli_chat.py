@@ -1,4 +1,4 @@
-"""`qwenvl chat`: questions about pictures, answered in the terminal; boxes in pixels, and drawn to a file on request."""
+"""`qwenvl chat`: questions about pictures, answered in the terminal; boxes in pixels, drawn to a file on request."""
 
 from __future__ import annotations
 
