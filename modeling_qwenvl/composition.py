@@ -79,18 +79,11 @@ def assemble(model_class: Any, config: QwenVLConfig, tower: PreTrainedModel, tex
         model = model_class(config)
     model.model.visual, model.model.language_model, model.lm_head = tower, text.get_decoder(), head
     adapter = model.model.adapter.to_empty(device=head.weight.device).to(head.weight.dtype)
-    adapter.apply(_forget_initialisation)
     adapter.apply(model.model._initialize_weights)
-    model.tie_weights()
     model.generation_config = text.generation_config
     model.eval()
     _check_same_logits(model, text)
     return model
-
-
-def _forget_initialisation(module: torch.nn.Module) -> None:
-    # What was initialised so far lay on the meta device.
-    module._is_hf_initialized = False
 
 
 @torch.no_grad()

@@ -169,6 +169,19 @@ def test_a_misspelt_setting_is_refused():
         from_vision_text(clip(), llama(), adapter="resampler", num_querys=4)
 
 
+def test_without_a_tokenizer_the_tokens_follow_the_last_embedding():
+    model = from_vision_text(clip(), llama(), adapter="mlp")
+    ids = (model.config.image_start_token_id, model.config.image_end_token_id, model.config.image_token_id)
+    assert ids == (41, 42, 43)
+    assert model.lm_head.weight.shape == (44, 36)
+
+
+def test_the_language_models_generation_settings_are_kept():
+    language_model = llama()
+    language_model.generation_config.max_new_tokens = 17
+    assert from_vision_text(clip(), language_model, adapter="mlp").generation_config.max_new_tokens == 17
+
+
 def test_extra_tokens_need_a_tokenizer():
     with pytest.raises(ValueError, match=r"'<box>'.*need the tokenizer"):
         from_vision_text(clip(), llama(), adapter="mlp", extra_tokens=("<box>",))

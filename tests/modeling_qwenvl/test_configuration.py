@@ -74,6 +74,13 @@ def test_the_original_config_survives_the_way_there_and_back():
     assert native_config(back)["vision_config"] == native_config(changed())["vision_config"]
 
 
+def test_the_ratio_of_the_towers_mlp_is_written_so_that_its_width_comes_back():
+    for width, intermediate in ((48, 100), (48, 236), (1664, 8192), (7, 29)):
+        config = QwenVLConfig.from_dict(changed())
+        config.vision_config.hidden_size, config.vision_config.intermediate_size = width, intermediate
+        assert native_config(original_config(config))["vision_config"]["intermediate_size"] == intermediate
+
+
 def test_own_auto_map_entries_are_kept_and_the_original_repositorys_dropped():
     auto_map = {
         "AutoConfig": "configuration_qwenvl.QwenVLConfig",

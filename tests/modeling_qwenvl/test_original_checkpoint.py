@@ -91,6 +91,13 @@ def test_weights_come_back_bit_for_bit(original, recording):
     assert all(torch.equal(back[name], tensor) for name, tensor in recording.weights.items())
 
 
+def test_weights_come_back_bit_for_bit_through_native_files(original, recording, tmp_path):
+    original.save_pretrained(tmp_path)
+    back = to_original_state_dict(QwenVLForConditionalGeneration.from_pretrained(tmp_path))
+    assert back.keys() == recording.weights.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in recording.weights.items())
+
+
 def test_a_native_model_writes_original_names_too(tiny_model, shapes_of_original):
     model = tiny_model(
         adapter_num_heads=1,

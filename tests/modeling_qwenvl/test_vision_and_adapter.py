@@ -75,6 +75,15 @@ def test_patches_are_row_major_and_see_only_their_own_pixels_before_attention(to
 
 
 @torch.no_grad()
+def test_a_picture_that_is_not_square_gets_positions_by_row_and_column(tower):
+    tower.layers, tower.pre_norm = nn.ModuleList(), nn.Identity()
+    tower.patch_embedding.weight.zero_()
+    assert patch_grid(torch.zeros(1, 3, 10, 15), 5) == (2, 3)
+    positions = tower(torch.zeros(1, 3, 10, 15)).last_hidden_state[0]
+    assert torch.equal(positions, resize_table(tower.position_embedding, (2, 3)))
+
+
+@torch.no_grad()
 def test_a_picture_does_not_depend_on_the_pictures_beside_it(tower):
     pictures = torch.randn(3, 3, 20, 20)
     together = tower(pictures).last_hidden_state
