@@ -271,6 +271,19 @@ def test_a_file_that_was_cut_off_is_noticed(two_checkpoints):
     assert what_is_missing(path.parent) == [f"optimizer.pt has {size - 1} bytes instead of {size}"]
 
 
+def test_resuming_from_weights_under_other_names_is_refused(two_checkpoints, make_trainer):
+    """What transformers' Trainer accepts with a warning, going on from the initial weights."""
+    checkpoint = two_checkpoints / "checkpoint-4"
+    trainer = make_trainer(two_checkpoints)
+    trainer.model.save_pretrained(checkpoint)  # the published names
+    sizes = json.loads((checkpoint / FILE_LIST).read_text())
+    sizes["model.safetensors"] = (checkpoint / "model.safetensors").stat().st_size
+    sizes["config.json"] = (checkpoint / "config.json").stat().st_size
+    (checkpoint / FILE_LIST).write_text(json.dumps(sizes))
+    with pytest.raises(ValueError, match="checkpoint-4 does not fit Qwen2_5_VLForConditionalGeneration"):
+        trainer.train(resume_from_checkpoint=True)
+
+
 def test_a_folder_without_its_file_list_is_no_checkpoint(two_checkpoints, make_trainer):
     (two_checkpoints / "checkpoint-4" / FILE_LIST).unlink()
     with pytest.raises(ValueError, match=f"checkpoint-4 is not a whole checkpoint .* {FILE_LIST} is missing"):
