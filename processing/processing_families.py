@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import transformers
 from PIL import Image
-from transformers.image_utils import get_image_size, make_flat_list_of_images
+from transformers.image_utils import get_image_size, infer_channel_dimension_format, make_flat_list_of_images
 from transformers.utils import cached_file
 
 from .coordinates import CONVENTIONS
@@ -202,4 +202,4 @@ def processor_class_of(path: str | Path, **kwargs: Any) -> Any | None:
 def _height_width(picture: Any) -> Size:
     if isinstance(picture, Image.Image):
         return picture.height, picture.width
-    return get_image_size(picture)
+    return get_image_size(picture, infer_channel_dimension_format(picture, num_channels=(1, 3, 4)))

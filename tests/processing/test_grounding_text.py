@@ -67,3 +67,9 @@ def test_a_shape_without_a_label_is_refused_where_it_would_inherit_the_one_befor
     with pytest.raises(ValueError, match="a box without a label right after the label 'cup'"):
         render_shapes([CUP, Box(0, 0, 1, 1)], [FRAME], V2)
     assert parse(render_shapes([CUP, Box(0, 0, 2, 2)], [FRAME], V3), V3).shapes[1].label is None
+
+
+def test_each_shape_is_measured_on_its_own_picture():
+    frames = [FRAME, Frame(100, 100, 50, 50)]
+    boxes = [Box(0, 0, 10, 10, image_index=1), Box(0, 0, 10, 10, image_index=0)]
+    assert render_shapes(boxes, frames, V1) == "<box>(0,0),(100,100)</box><box>(0,0),(5,10)</box>"

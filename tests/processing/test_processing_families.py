@@ -286,7 +286,8 @@ def test_a_picture_too_thin_is_refused_with_its_size_before_anything_is_resized(
 def test_pictures_may_come_as_arrays_and_tensors_too(processors):
     array = np.asarray(noise(60, 100))
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
-    for picture in (array, tensor):
+    transparent = np.dstack([array, array[..., :1]])
+    for picture in (array, tensor, transparent, array[..., :1]):
         inputs = processors["qwen3_vl"](images=picture, text="<|image_pad|>", return_tensors="pt")
         assert inputs["image_grid_thw"].tolist() == [[1, 12, 20]]
 
