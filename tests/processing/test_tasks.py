@@ -5,6 +5,7 @@ from PIL import Image
 
 from processing.coordinates import CONVENTIONS, Frame, make_shape
 from processing.grounding_text import render_ref, render_shapes
+from processing.image_processing_pil_qwenvl import QwenVLImageProcessorPil
 from processing.processing_qwenvl import QwenVLProcessor
 from processing.supervision import encode
 from processing.tasks import (
@@ -145,8 +146,8 @@ def test_texts_next_to_each_other_are_one_part_because_they_are_tokenized_togeth
     assert answer["content"][0]["text"] == " A dog "
 
 
-def test_with_the_real_vocabulary_the_loss_begins_at_the_blank_before_the_answer(original_folder):
-    processor = QwenVLProcessor.from_pretrained(original_folder)
+def test_with_the_real_vocabulary_the_loss_begins_at_the_blank_before_the_answer(original_tokenizer):
+    processor = QwenVLProcessor(QwenVLImageProcessorPil(), original_tokenizer)
     encoded = encode(vqa(Image.new("RGB", (5, 7)), "Is it red?", "No"), processor)
     ids, labels = encoded.input_ids.tolist(), encoded.labels.tolist()
     first = labels.index(next(label for label in labels if label != -100))
