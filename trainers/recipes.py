@@ -8,17 +8,16 @@ docs/recipes.md.
 from dataclasses import field
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from trainers.contradictions import contradictions
 
 Stage = Literal["pretrain", "multitask", "sft"]
 Training = Literal["frozen", "full", "lora"]
-Positive = Annotated[float, Gt(0)]
-Share = Annotated[float, Ge(0), Lt(1)]
-Count = Annotated[int, Gt(0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(gt=0)]
 
 # Strict: "2" is not 2 and True is not 1. Unknown keys are refused; recipe_reading.py names the nearest known one.
 CHECKED = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -53,7 +52,7 @@ class TowerSection:
 
     train: Training = "frozen"
     learning_rate: Positive | None = None
-    layer_decay: Annotated[float, Gt(0), Le(1)] = 1.0
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     last_blocks: Count | None = None
     checkpointing: bool = False
 
@@ -121,20 +120,20 @@ class OptimizerSection:
     """
 
     learning_rate: Positive = 1e-5
-    min_learning_rate: Annotated[float, Ge(0)] = 0.0
+    min_learning_rate: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: Annotated[float, Ge(0)] = 0.0
+    warmup_steps: Annotated[float, Field(ge=0)] = 0.0
     max_steps: Count | None = None
     epochs: Positive | None = None
     beta1: Share = 0.9
     beta2: Share = 0.98
     epsilon: Positive = 1e-6
-    weight_decay: Annotated[float, Ge(0)] = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
     max_grad_norm: Positive = 1.0
     states: Literal["float32", "8bit", "8bit_paged"] = "float32"
     global_batch_size: Count = 128
     label_smoothing: Share = 0.0
-    z_loss: Annotated[float, Ge(0)] = 0.0
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -163,7 +162,7 @@ class DataSection:
     too_long: Literal["raise", "drop"] = "raise"
     picture_side: Count = 448
     packing: bool = False
-    workers: Annotated[int, Ge(0)] = 2
+    workers: Annotated[int, Field(ge=0)] = 2
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -184,7 +183,7 @@ class EstimateSection:
     of its text is supervised (1.0 is the worst case)."""
 
     pictures_per_row: Count = 1
-    supervised_share: Annotated[float, Gt(0), Le(1)] = 1.0
+    supervised_share: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -201,7 +200,7 @@ class RunSection:
     save_every: Count = 500
     keep_checkpoints: Count = 2
     evaluate_every: Count | None = None
-    answers: Annotated[int, Ge(0)] = 0
+    answers: Annotated[int, Field(ge=0)] = 0
     feature_cache_dir: str | None = None
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
 
