@@ -406,6 +406,15 @@ def test_a_folder_that_holds_no_processor_is_refused_by_name(processor, tmp_path
         QwenVLProcessor.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(("written", "num_image_tokens"), [({}, 256), ({"n_queries": 9}, 9)])
+def test_a_config_of_the_original_says_size_and_number_of_tokens(processor, tmp_path, written, num_image_tokens):
+    processor.tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen", "visual": {"image_size": 56, **written}}))
+    loaded = QwenVLProcessor.from_pretrained(tmp_path)
+    assert loaded.num_image_tokens == num_image_tokens
+    assert loaded.model_size(height=1, width=2) == (56, 56)
+
+
 @pytest.mark.slow
 def test_a_fresh_process_that_imports_the_package_loads_the_folder(processor, tmp_path):
     processor.save_pretrained(tmp_path)
