@@ -15,15 +15,18 @@ PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
 
 
 def test_the_code_blocks_run_one_after_the_other(model_folder, rows_file, tmp_path, monkeypatch, capsys):
-    first, second = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    first, *others = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert len(others) == 2
     code = first.replace("Qwen/Qwen-VL", str(model_folder("qwen_vl"))).replace(
         "max_steps=8000", "max_steps=2, use_cpu=True"
     )
     monkeypatch.chdir(rows_file.parent)
     names = {}
-    exec(code + second, names)
+    exec("\n".join([code, *others]), names)
     assert (tmp_path / "runs/sft/final/processor_config.json").exists()
-    assert "supervised tokens, loss" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "supervised tokens, loss" in printed
+    assert "all/unparsable" in printed
 
 
 def test_the_table_of_parts_is_that_of_the_tiny_model(build):
