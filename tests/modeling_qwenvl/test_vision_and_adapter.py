@@ -147,6 +147,22 @@ def test_the_scale_of_patches_and_queries_does_not_matter_because_both_are_norme
     torch.testing.assert_close(adapter(100 * patches, (4, 4)), tokens, rtol=1e-3, atol=1e-3)
 
 
+@torch.no_grad()
+def test_the_resampler_is_torchs_multi_head_attention_between_norms(resampler):
+    """Written from the description with torch's own attention, for two heads."""
+    adapter, patches = randomised(resampler()), torch.randn(3, 16, 32)
+    attention = nn.MultiheadAttention(64, 2, batch_first=True)
+    projections = (adapter.q_proj, adapter.k_proj, adapter.v_proj)
+    attention.in_proj_weight.copy_(torch.cat([p.weight for p in projections]))
+    attention.in_proj_bias.copy_(torch.cat([p.bias for p in projections]))
+    attention.out_proj.load_state_dict(adapter.out_proj.state_dict())
+    values = adapter.ln_kv(adapter.kv_proj(patches))
+    keys = values + resize_table(sincos_table(2, 64), (4, 4))
+    queries = (adapter.ln_q(adapter.query) + sincos_table(2, 64)).expand(3, -1, -1)
+    expected = adapter.proj(adapter.ln_post(attention(queries, keys, values)[0]))
+    torch.testing.assert_close(adapter(patches, (4, 4)), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_without_a_change_of_width_there_is_no_projection(resampler):
     adapter = resampler(vision_config={"hidden_size": 64})
     assert isinstance(adapter.kv_proj, nn.Identity)
