@@ -179,6 +179,7 @@ class Lesson:
             encoded = list(supervise.stream(made))
         watch = Watch(self.progress, f"{name}: {learned_from}", recipe.steps)
         before = _weights(self.model)
+        self.progress.console.rule(name)
         run_stage(trainer_class, self.model, self.processor, encoded, recipe, self.seed, self.output, watch, trained)
         self.seconds[name] = watch.seconds
         self.stages.append(
@@ -206,9 +207,11 @@ class Lesson:
         return replace(planned, steps=max(1, round(planned.steps * share)))
 
     def _measure(self, moment: str, style: str, scenes: Sequence[Scene] | None = None) -> dict[str, list[Answer]]:
-        self.progress.console.print(f"asking {len(self.held_out)} held-out questions per task: {moment}")
+        self.progress.console.print(f"{len(self.held_out)} held-out questions per task: {moment}")
+        self.progress.stop()  # asking has a bar of its own, and a terminal has room for one display
         with timed(self.seconds, "scores"):
             answers = ask(self.model, self.processor, scenes or self.held_out, style, QUESTION_SEED)
+        self.progress.start()
         self.scores[moment] = score(answers)
         return answers
 

@@ -45,7 +45,7 @@ class Recipe:
 
 SEVEN_TASKS = {
     "caption": 2.0,
-    "reading": 1.5,
+    "reading": 3.0,
     "seeing": 1.0,
     "grounding": 3.0,
     "referring": 1.0,
@@ -62,10 +62,10 @@ SHORT = Recipe(
     tower_batch_size=16,
     tower_rate=1.5e-3,
     tower_seconds=45,
-    text=StageRecipe(200, 4000, 32, {**SEVEN_TASKS}, rate=2e-3, seconds=15),
-    pretrain=StageRecipe(300, 4000, 32, {"caption": 1.0}, rate=1e-3, adapter_rate=1e-3, tower_rate=1e-4, seconds=50),
-    multitask=StageRecipe(900, 12000, 32, SEVEN_TASKS, rate=1e-3, adapter_rate=1e-3, tower_rate=1e-4, seconds=180),
-    sft=StageRecipe(300, 4000, 24, CHAT, rate=5e-4, adapter_rate=5e-4, seconds=70),
+    text=StageRecipe(100, 1600, 16, SEVEN_TASKS, rate=1e-3, seconds=8),
+    pretrain=StageRecipe(200, 3200, 16, {"caption": 1.0}, rate=1e-3, adapter_rate=1e-3, tower_rate=1e-4, seconds=30),
+    multitask=StageRecipe(1500, 12000, 16, SEVEN_TASKS, rate=1e-3, adapter_rate=1e-3, tower_rate=1e-4, seconds=180),
+    sft=StageRecipe(500, 4000, 16, CHAT, rate=5e-4, adapter_rate=5e-4, seconds=90),
     limit_minutes=9.0,
 )
 

@@ -23,6 +23,7 @@ NOTHING = 10  # the digit of a patch without one
 PAPER = len(COLOURS)  # the colour of a patch without a digit
 BINS = 16  # an edge of a box is told as one of so many columns or rows
 NO_EDGE = BINS
+COLOUR_SOFTNESS = 0.5  # colours are easily told apart: their directions must be twice as strong for the same certainty
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,14 @@ class PatchHead(nn.Module):
 
 
 def patch_loss(logits: tuple[Tensor, Tensor, Tensor], targets: PatchTargets) -> Tensor:
-    """Cross-entropy of digit, colour (times 0.5) and the mean of the edges; a patch of paper counts 0.3."""
+    """Cross-entropy of digit, colour and the mean of the edges; a patch of paper counts 0.3."""
     digit, colour, edges = logits
     weight = torch.where(targets.digit == NOTHING, 0.3, 1.0)
 
     def entropy(some: Tensor, true: Tensor) -> Tensor:
         return functional.cross_entropy(some.flatten(0, -2), true.flatten(), reduction="none").view(true.shape)
 
-    losses = entropy(digit, targets.digit) + 0.5 * entropy(colour, targets.colour)
+    losses = entropy(digit, targets.digit) + entropy(COLOUR_SOFTNESS * colour, targets.colour)
     losses = losses + entropy(edges, targets.edges).mean(-1)
     return (losses * weight).sum() / weight.sum()
 

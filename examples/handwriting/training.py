@@ -16,6 +16,7 @@ from processing import QwenVLProcessor
 from processing.collators import PaddedCollator
 from processing.encoded_example import EncodedExample
 from processing.example import Example
+from processing.sampling import LengthBatchSampler
 from trainers.arguments import StageArguments
 from trainers.freezing import TrainedParts
 from trainers.stage_trainer import StageTrainer
@@ -68,6 +69,21 @@ def rows_without_pictures(
         yield replace(example, messages=messages)
 
 
+def in_order(encoded: Sequence[EncodedExample], batch_size: int, steps: int, seed: int) -> list[EncodedExample]:
+    """The rows of `steps` batches, one batch after the other, each of rows of similar length: little is padding.
+
+    Rows differ in length by a factor of five, so that in random batches more than half would be padding.
+    """
+    if len(encoded) < batch_size:
+        raise ValueError(f"{len(encoded)} rows do not fill a batch of {batch_size}: make more rows or smaller batches.")
+    sampler = LengthBatchSampler([example.length for example in encoded], batch_size, seed=seed)
+    batches: list[list[int]] = []
+    while len(batches) < steps:
+        sampler.set_epoch(sampler.epoch + 1)
+        batches += [batch for batch in sampler if len(batch) == batch_size]
+    return [encoded[index] for batch in batches[:steps] for index in batch]
+
+
 def run_stage(
     trainer_class: type[StageTrainer],
     model: QwenVLForConditionalGeneration,
@@ -94,7 +110,7 @@ def run_stage(
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.02},
         warmup_steps=min(30, recipe.steps // 2),
-        train_sampling_strategy="random",
+        train_sampling_strategy="sequential",
         logging_steps=10,
         save_strategy="no",
         report_to="none",
@@ -105,7 +121,7 @@ def run_stage(
     trainer = trainer_class(
         model=model,
         args=arguments,
-        train_dataset=list(encoded),
+        train_dataset=in_order(encoded, recipe.batch_size, recipe.steps, seed),
         data_collator=CountingCollator(PaddedCollator(processor.tokenizer.pad_token_id), watch),
         processing_class=processor,
         callbacks=[StageProgress(watch)],
