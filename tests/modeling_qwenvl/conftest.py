@@ -116,6 +116,11 @@ class Recording:
         return inputs if images is None else inputs | {"pixel_values": images}
 
 
+@pytest.fixture(autouse=True)
+def _same_random_numbers_in_whatever_order_tests_run():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", name="shapes_of_original")
 def shapes_of_original_fixture():
     return shapes_of_original
