@@ -61,11 +61,11 @@ SHORT = Recipe(
     tower_steps=1000,
     tower_batch_size=16,
     tower_rate=1.5e-3,
-    tower_seconds=45,
-    text=StageRecipe(100, 1600, 16, SEVEN_TASKS, rate=1e-3, seconds=8),
-    pretrain=StageRecipe(200, 3200, 16, {"caption": 1.0}, rate=1e-3, adapter_rate=1e-3, tower_rate=1e-4, seconds=30),
-    multitask=StageRecipe(1500, 12000, 16, SEVEN_TASKS, rate=1e-3, adapter_rate=1e-3, tower_rate=1e-4, seconds=180),
-    sft=StageRecipe(500, 4000, 16, CHAT, rate=5e-4, adapter_rate=5e-4, seconds=90),
+    tower_seconds=87,
+    text=StageRecipe(100, 1600, 16, SEVEN_TASKS, rate=1e-3, seconds=4),
+    pretrain=StageRecipe(200, 3200, 16, {"caption": 1.0}, rate=1e-3, adapter_rate=1e-3, tower_rate=1e-4, seconds=17),
+    multitask=StageRecipe(1700, 12000, 16, SEVEN_TASKS, rate=1e-3, adapter_rate=1e-3, tower_rate=1e-4, seconds=210),
+    sft=StageRecipe(500, 4000, 16, CHAT, rate=5e-4, adapter_rate=5e-4, seconds=86),
     limit_minutes=9.0,
 )
 

@@ -141,7 +141,7 @@ def _curve(run: Run) -> str:
         figure = Figure(figsize=(10.4, 3.1), layout="constrained")
         axes = figure.subplots()
         start = 0
-        for stage, colour in zip(run.stages, CURVES, strict=True):
+        for number, (stage, colour) in enumerate(zip(run.stages, CURVES, strict=True)):
             if stage.losses:
                 steps, losses = np.array(stage.losses).T
                 axes.plot(start + steps, losses, color=colour, lw=0.7, alpha=0.35)
@@ -151,7 +151,7 @@ def _curve(run: Run) -> str:
             axes.axvspan(start, start + stage.steps, color=colour, alpha=0.05, lw=0)
             axes.text(
                 start + stage.steps / 2,
-                1.0,
+                1.0 + 0.08 * (number % 2),  # names of short stages would run into each other on one line
                 stage.name,
                 transform=axes.get_xaxis_transform(),
                 ha="center",

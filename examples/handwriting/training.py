@@ -75,7 +75,9 @@ def in_order(encoded: Sequence[EncodedExample], batch_size: int, steps: int, see
     Rows differ in length by a factor of five, so that in random batches more than half would be padding.
     """
     if len(encoded) < batch_size:
-        raise ValueError(f"{len(encoded)} rows do not fill a batch of {batch_size}: make more rows or smaller batches.")
+        raise ValueError(
+            f"{len(encoded)} rows do not fill a batch of {batch_size}: make more rows or smaller batches."
+        )
     sampler = LengthBatchSampler([example.length for example in encoded], batch_size, seed=seed)
     batches: list[list[int]] = []
     while len(batches) < steps:
