@@ -59,7 +59,7 @@ def _questions(given: list[str] | None, console: Any) -> Iterator[str]:
     """The questions of the command line, or what is typed until an empty line or the end of the input."""
     if given:
         for question in given:
-            console.print(f"[bold]{question}[/bold]", markup=False, highlight=False)
+            console.print(question, style="bold", markup=False, highlight=False)
             yield question
         return
     console.print("Ask about the picture; an empty line ends.", style="dim")
