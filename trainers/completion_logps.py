@@ -1,0 +1,181 @@
+"""Log-probabilities of completions, in the model's forward: pictures encoded once, output rows only where scored.
+
+`add_completion_head` puts this on a model, at the seam where TRL puts its own head: `model(..., fused_lm_head=True)`
+gives per-token log-probabilities instead of logits. So TRL's trainers use it without knowing, and DDP and FSDP, which
+wrap the model, see one forward of the whole model.
+
+Shapes: N completions in rows of L tokens, G prompts ("groups"), S scored tokens, U hidden states that predict them
+(in a tree the completions of a prompt share the first), E width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput
+
+from modeling_qwenvl.text_qwenvl import QwenVLTextModel
+from processing.chat_spans import IGNORE
+from trainers.completion_layout import Layout, LayoutName, rows_layout, tree_layout
+from trainers.shared_pictures import PICTURE_KEYS, encode, spread
+
+MASKS = {"sdpa", "eager"}
+
+
+def add_completion_head(
+    model: PreTrainedModel,
+    layout: LayoutName = "tree",
+    temperature: float = 1.0,
+    outputs: tuple[str, ...] = ("log_probs",),
+) -> None:
+    """Teaches `model` to score completions: `model(**batch, fused_lm_head=True)` with a `group_of_row` in the batch.
+
+    Other calls go on to the forward that the model had. `outputs`: which fields of TRL's `FusedCausalLMOutput` are
+    computed, among "log_probs", "entropy" (both with gradient), "log_sum_sq_probs", "mean_logits" and "is_top1".
+
+    The batch:
+        input_ids, attention_mask: (N, L) long; each row a prompt and one completion, padded left or right.
+        labels: (N, L) long; the token where its log-probability is wanted, -100 elsewhere.
+        group_of_row: (N,) long; rows of one group have the same prompt and pictures. Groups are counted from 0.
+        num_pictures: (G,) long; how many pictures each group has.
+        pixel_values, image_grid_thw, ...: of the pictures, each once, group by group; left out where there are none.
+
+    Every field of the result is (N, L - 1) float32, as TRL has it: column t belongs to the token at t + 1, 0 where the
+    label is -100.
+
+    Raises ValueError (in the forward) for videos, for a tree under an attention that takes no dense mask, and for a
+    tree in which Qwen-VL would stretch its rotations by the length of the row.
+
+    Example:
+        >>> add_completion_head(model, "tree", outputs=("log_probs", "entropy"))
+        >>> model(**batch, fused_lm_head=True).log_probs.shape  # two completions of up to 60 tokens
+        torch.Size([2, 357])
+    """
+    settings = _Settings(layout, temperature, outputs)
+    original = model.forward
+
+    def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if fused_lm_head and "group_of_row" in kwargs:
+            return _score(self, settings, **kwargs)
+        return original(*args, **(kwargs | {"fused_lm_head": True} if fused_lm_head else kwargs))
+
+    # On the instance: looked up on each call, through whatever wraps the model by then.
+    model.forward = MethodType(forward, model)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    layout: LayoutName
+    temperature: float
+    outputs: tuple[str, ...]
+
+
+def _score(
+    model: PreTrainedModel,
+    settings: _Settings,
+    *,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    group_of_row: Tensor,
+    num_pictures: Tensor,
+    **rest: Any,
+) -> FusedCausalLMOutput:
+    if "pixel_values_videos" in rest:
+        raise ValueError("Videos cannot be shared by completions yet: give their frames as pictures.")
+    inner = model.base_model
+    pictures = {key: rest[key] for key in PICTURE_KEYS if key in rest}
+    ends = num_pictures.cumsum(0).tolist()
+    of_group = [list(range(end - count, end)) for end, count in zip(ends, num_pictures.tolist(), strict=True)]
+    of_rows = [picture for group in group_of_row.tolist() for picture in of_group[group]]
+    positions = _row_positions(inner, input_ids, attention_mask, labels, pictures, of_rows)
+    inputs: dict[str, Any] = {}
+    if settings.layout == "tree":
+        laid = tree_layout(input_ids, attention_mask, labels, group_of_row)
+        shown = [picture for group in of_group for picture in group]
+        inputs["attention_mask"] = _dense_mask(model, laid)
+    else:
+        laid = rows_layout(attention_mask, labels)
+        shown = of_rows
+        inputs["attention_mask"] = attention_mask
+    encoded = encode(inner, pictures)
+    if encoded is not None:
+        inputs["mm_encoder_outputs"] = {"image": spread(encoded, shown)}
+    hidden_RTE = inner(
+        input_ids=laid.gather(input_ids), position_ids=laid.gather(positions), use_cache=False, **inputs
+    ).last_hidden_state
+    return _predictions(model, settings, hidden_RTE, laid, labels)
+
+
+def _row_positions(
+    inner: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    pictures: dict[str, Tensor],
+    of_rows: list[int],
+) -> Tensor:
+    """Positions that each token has in its own row: (N, L), or (3, N, L) where M-RoPE places pictures."""
+    if "image_grid_thw" not in pictures:
+        return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    is_picture = (input_ids == inner.config.image_token_id) & (labels == IGNORE)
+    positions, _ = inner.get_rope_index(
+        input_ids,
+        mm_token_type_ids=is_picture.int(),
+        image_grid_thw=pictures["image_grid_thw"][of_rows],
+        attention_mask=attention_mask,
+    )
+    return positions
+
+
+def _dense_mask(model: PreTrainedModel, layout: Layout) -> Tensor:
+    text_config = model.config.get_text_config()
+    attention = text_config._attn_implementation
+    if attention not in MASKS:
+        raise ValueError(
+            f"The tree layout needs a dense mask, which {attention!r} attention does not take: load the model with "
+            "attn_implementation='sdpa', or choose the layout 'rows'."
+        )
+    length = layout.branch_RT.shape[1]
+    if not model.training and any(isinstance(module, QwenVLTextModel) for module in model.modules()):
+        if (text_config.use_dynamic_ntk or text_config.use_logn_attn) and length > text_config.seq_length:
+            raise ValueError(
+                f"A tree of {length} tokens is longer than seq_length = {text_config.seq_length}, where Qwen-VL "
+                "stretches its rotations and queries by the length of the row, which is not that of one completion: "
+                "choose the layout 'rows', or switch use_dynamic_ntk and use_logn_attn off."
+            )
+    if attention == "sdpa":
+        return layout.block_mask
+    return torch.where(layout.block_mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
+
+
+def _predictions(
+    model: PreTrainedModel, settings: _Settings, hidden_RTE: Tensor, layout: Layout, labels: Tensor
+) -> FusedCausalLMOutput:
+    is_scored = labels[:, 1:] != IGNORE
+    tokens_S = labels[:, 1:][is_scored]
+    T = hidden_RTE.shape[1]
+    places_U, index_S = (layout.predicting_2S[0] * T + layout.predicting_2S[1]).unique(return_inverse=True)
+    hidden_UE = hidden_RTE.flatten(0, 1)[places_U]
+    logits_UV = model.get_output_embeddings()(hidden_UE).float() / settings.temperature
+    logps_UV = logits_UV.log_softmax(-1)
+    values = {"log_probs": logps_UV[index_S, tokens_S]}
+    if "entropy" in settings.outputs:
+        values["entropy"] = -(logps_UV.exp() * logps_UV).sum(-1)[index_S]
+    with torch.no_grad():
+        if "log_sum_sq_probs" in settings.outputs:
+            values["log_sum_sq_probs"] = (2 * logps_UV).logsumexp(-1)[index_S]
+        if "mean_logits" in settings.outputs:
+            values["mean_logits"] = logits_UV.mean(-1)[index_S]
+        if "is_top1" in settings.outputs:
+            values["is_top1"] = logits_UV.argmax(-1)[index_S] == tokens_S
+    # masked_scatter keeps the graph also where nothing is scored.
+    per_token = {
+        name: torch.zeros(is_scored.shape, dtype=value.dtype, device=value.device).masked_scatter(is_scored, value)
+        for name, value in values.items()
+    }
+    loss = -per_token["log_probs"].sum() / is_scored.sum().clamp(min=1)
+    return FusedCausalLMOutput(loss=loss, label_mask=is_scored, **per_token)
