@@ -20,6 +20,7 @@ from .raw_rows import RawRow
 from .row_formats import recognise
 from .rows import RowReader
 from .supervision import Supervision
+from .videos import open_clip
 
 _BOX_IN_TEXT = re.compile(r"bbox_2d|<box>|<\|box_start\|>|data-bbox\s*=")
 BOX_IN_TEXT = "examples with boxes written as text, which do not follow the resize of their picture"
@@ -107,6 +108,8 @@ def _measure(
         return [], None
     try:
         sizes = [picture_size(picture, limits) for picture in example.pictures]
+        for part in example.videos:
+            open_clip(part, limits)
         for conversation in conversations_of(example):
             _check_places(conversation, sizes)
     except ValueError as error:

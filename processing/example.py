@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from .document_parsing import check_markup
-from .parts import check_part, is_number, picture_of, refuse_unknown_keys, shorten
+from .parts import Part, check_part, is_number, picture_of, refuse_unknown_keys, shorten
 
 Message = dict[str, Any]
 Kind = Literal["sft", "preference", "reward"]
@@ -125,6 +125,8 @@ class Example:
                     raise ValueError(f"{name} may hold assistant turns only, it holds a {wrong[0]} turn")
                 if num_answer_pictures := sum(count_pictures(message) for message in answer):
                     raise ValueError(f"{name} holds {num_answer_pictures} picture(s): pictures belong to the prompt")
+                if any(videos_in(message) for message in answer):
+                    raise ValueError(f"{name} holds a video: videos belong to the prompt")
         if self.kind == "preference" and self.chosen == self.rejected:
             raise ValueError("chosen and rejected are equal, so there is nothing to prefer")
         if self.style == "plain" and [message["role"] for message in self.messages] != ["user", "assistant"]:
@@ -140,6 +142,11 @@ class Example:
     @property
     def num_pictures(self) -> int:
         return len(self.pictures)
+
+    @property
+    def videos(self) -> list[Part]:
+        """The video parts, in order of appearance."""
+        return [part for turn in self.messages for part in videos_in(turn)]
 
 
 def check_messages(messages: Sequence[Message], name: str, num_pictures_before: int = 0) -> int:
@@ -176,6 +183,14 @@ def check_messages(messages: Sequence[Message], name: str, num_pictures_before: 
 
 def is_trained(message: Message) -> bool:
     return message["role"] == "assistant" and message.get("train", True) and message.get("weight", 1.0) > 0
+
+
+def videos_in(message: Any) -> list[Part]:
+    """The video parts of a message."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, list | tuple):
+        return []
+    return [part for part in content if isinstance(part, dict) and part.get("type") == "video"]
 
 
 def count_pictures(message: Any) -> int:

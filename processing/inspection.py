@@ -96,14 +96,15 @@ def inspect_example(example: Example, supervise: Supervision) -> Inspection:
     supervise.counts = Counter()  # looking is not counted
     try:
         sizes = [load_picture(picture, supervise.limits).size[::-1] for picture in example.pictures]
-        whole = supervise.draft(example, sizes, processor, len(example.messages))
+        clips = supervise.clips(example)
+        whole = supervise.draft(example, sizes, processor, len(example.messages), clips)
     except ValueError as error:
         return Inspection(example.source, example.task, "refused", str(error), 0, 0, 0, 0, (), ())
     refused: str | None = None
     encoded: EncodedExample | None = None
     draft = whole
     try:
-        if (plan := supervise.plan(example, sizes)) is not None:
+        if (plan := supervise.plan(example, sizes, clips)) is not None:
             draft = plan[0]
         encoded = supervise(example)
     except ValueError as error:
@@ -135,10 +136,13 @@ def _tokens(draft: Draft, processor: Any, start: int = 0, left_out: bool = False
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     items = list(zip(encoded.input_ids, encoded.labels, encoded.weights, strict=True))[start:]
     tokens: list[Token] = []
-    for is_picture, group in groupby(items, lambda item: item[0] == processor.image_token_id):
+    placeholders = {processor.image_token_id: processor.image_token}
+    if draft.clips:
+        placeholders[processor.video_token_id] = processor.video_token
+    for placeholder, group in groupby(items, lambda item: placeholders.get(item[0])):
         run = list(group)
-        if is_picture:
-            tokens.append(Token(processor.image_token, "left_out" if left_out else "picture", 0.0, len(run), True))
+        if placeholder is not None:
+            tokens.append(Token(placeholder, "left_out" if left_out else "picture", 0.0, len(run), True))
             continue
         for ids, label, weight in _letters(run, tokenizer, special):
             is_special = ids[0] in special

@@ -4,8 +4,8 @@ A policy is a list of steps, tried in order until the example fits:
 
 | step     | what it does                                                                                         |
 |----------|------------------------------------------------------------------------------------------------------|
-| "shrink" | fewer pixels per picture, down to the processor's own minimum; boxes follow, the text stays          |
-|          | (families with a dynamic resolution only)                                                            |
+| "shrink" | fewer pixels per picture and frame, down to the processor's own minimum, then fewer frames per       |
+|          | video, down to `min_frames`; boxes follow, the text stays (families with a dynamic resolution only)  |
 | "trim"   | leaves out the last turns: what remains is the longest beginning that ends with a trained answer     |
 | "drop"   | leaves the example out; `Supervision.counts` says how many                                           |
 | "raise"  | RowError naming the row and both lengths                                                             |
@@ -22,8 +22,11 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+
 from .chat_spans import Span
 from .span_encoding import EncodedSpans
+from .videos import Clip
 
 Step = Literal["shrink", "trim", "drop", "raise"]
 
@@ -60,8 +63,9 @@ class LengthPolicy:
 class Draft:
     """The text of the first `num_messages` messages as ids, before any pixel is touched.
 
-    processor: the one that decides the size of the pictures. picture_sizes: (height, width) of the originals.
-    num_picture_tokens: how many of the ids stand for pictures.
+    processor: the one that decides the size of the pictures and how many frames of a video are seen.
+    picture_sizes: (height, width) of the originals. clips: the videos.
+    num_picture_tokens: how many of the ids stand for pictures and frames.
     """
 
     processor: Any
@@ -70,6 +74,7 @@ class Draft:
     spans: Sequence[Span]
     picture_sizes: Sequence[tuple[int, int]]
     num_picture_tokens: int
+    clips: Sequence[Clip] = ()
 
     @property
     def length(self) -> int:
@@ -108,12 +113,23 @@ def fit(
 
 
 def _shrunk(full: Draft, draft: Drafter, max_length: int) -> Draft | None:
-    """`full` with the largest pictures that make it fit; None if they would fall below the processor's minimum."""
-    if not full.picture_sizes or not has_dynamic_resolution(full.processor):
+    """`full` with the largest pictures, and after that the most frames, that make it fit; None if nothing does."""
+    if not (full.picture_sizes or full.clips) or not has_dynamic_resolution(full.processor):
         return None
+    while True:
+        if found := _with_smaller_pictures(full, draft, max_length):
+            return found
+        if not full.clips or (fewer := with_fewer_frames(full.processor, full.clips)) is None:
+            return None
+        full = draft(fewer, full.num_messages)
+        if full.length <= max_length:
+            return full
+
+
+def _with_smaller_pictures(full: Draft, draft: Drafter, max_length: int) -> Draft | None:
     budget = max_length - (full.length - full.num_picture_tokens)
     while budget > 0:
-        smaller = shrink_to(full.processor, full.picture_sizes, budget)
+        smaller = shrink_to(full.processor, full.picture_sizes, budget, full.clips)
         if smaller is None:
             return None
         found = draft(smaller, full.num_messages)
@@ -130,42 +146,91 @@ def picture_tokens(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[int
     return list(processor._get_num_multimodal_tokens(image_sizes=[list(size) for size in sizes])["num_image_tokens"])
 
 
+def video_tokens(processor: Any, clips: Sequence[Clip]) -> list[int]:
+    """Tokens of the frames of each video, as `processor` will make them; time stamps are not among them."""
+    if not clips:
+        return []
+    sizes = [[len(clip.frames_seen(processor.video_processor)), clip.height, clip.width] for clip in clips]
+    return list(processor._get_num_multimodal_tokens(video_sizes=sizes)["num_video_tokens"])
+
+
 def has_dynamic_resolution(processor: Any) -> bool:
     """True if a picture's number of tokens follows its size, within limits on its pixels (Qwen2-VL and later)."""
     size = processor.image_processor.size
     return size.get("longest_edge") is not None and size.get("shortest_edge") is not None
 
 
-def with_max_pixels(processor: Any, max_pixels: int) -> Any:
-    """A copy of `processor`, sharing its tokenizer, whose pictures have at most `max_pixels` pixels.
+def with_max_pixels(processor: Any, max_pixels: int, max_frame_pixels: int | None = None) -> Any:
+    """A copy of `processor`, sharing its tokenizer, whose pictures have at most `max_pixels` pixels, and whose videos
+    at most `max_frame_pixels` per frame (None: as the pictures).
 
     Everything that depends on the limit (size of the picture, number of tokens, coordinates of boxes) follows from it.
     """
     limited = copy(processor)
     limited.image_processor = copy(processor.image_processor)
-    limited.image_processor.size = type(processor.image_processor.size)(
-        shortest_edge=min(max_pixels, processor.image_processor.size["shortest_edge"]), longest_edge=max_pixels
+    limited.image_processor.size = _size_up_to(processor.image_processor.size, max_pixels)
+    limited.video_processor = _with_max_frame_pixels(
+        processor.video_processor, max_pixels if max_frame_pixels is None else max_frame_pixels
     )
     return limited
 
 
-def shrink_to(processor: Any, sizes: Sequence[tuple[int, int]], budget: int) -> Any | None:
-    """`processor` with the largest pixel limit at which pictures of these sizes have at most `budget` tokens together.
+def _with_max_frame_pixels(video_processor: Any, max_pixels: int) -> Any:
+    limited = copy(video_processor)
+    if isinstance(video_processor, Qwen3VLVideoProcessor):
+        # Its `size` limits all frames of a video together; this is its limit on a single one.
+        limited.cap_pixels_per_frame = True
+        limited.max_video_tokens = max(1, max_pixels // _cell(video_processor))
+    else:
+        limited.cap_pixels_per_frame = False
+        limited.size = _size_up_to(video_processor.size, max_pixels)
+    return limited
 
-    None if even its `shortest_edge` (its minimum of pixels per picture) gives more. The limit is one for all
-    pictures, so the largest give way first.
+
+def with_fewer_frames(processor: Any, clips: Sequence[Clip]) -> Any | None:
+    """A copy of `processor` that sees half as many frames of the longest video as now; None at its `min_frames`."""
+    most = max(len(clip.frames_seen(processor.video_processor)) for clip in clips)
+    at_most = max(most // 4 * 2, processor.video_processor.min_frames)
+    if at_most >= most:
+        return None
+    limited = copy(processor)
+    limited.video_processor = copy(processor.video_processor)
+    limited.video_processor.max_frames = at_most
+    return limited
+
+
+def shrink_to(processor: Any, sizes: Sequence[tuple[int, int]], budget: int, clips: Sequence[Clip] = ()) -> Any | None:
+    """`processor` with the largest pixel limit at which pictures of these sizes, and the frames of these videos, have
+    at most `budget` tokens together.
+
+    None if even its `shortest_edge` (its minimum of pixels per picture) gives more. The limit is one for all pictures
+    and frames, so the largest give way first.
     """
-    cell = (processor.image_processor.patch_size * processor.image_processor.merge_size) ** 2
-    size = processor.image_processor.size
-    low, high = -(-size["shortest_edge"] // cell), size["longest_edge"] // cell
+    kinds = ([processor.image_processor] if sizes else []) + ([processor.video_processor] if clips else [])
+    limits = [(kind.size["shortest_edge"], kind.size["longest_edge"]) for kind in kinds]
+    cell = _cell(processor.image_processor)
+    low, high = -(-min(low for low, _ in limits) // cell), max(high for _, high in limits) // cell
+
+    def limited_to(tokens_per_picture: int) -> Any:
+        within = [min(max(tokens_per_picture * cell, low), high) for low, high in limits]
+        return with_max_pixels(processor, within[0], within[-1])
 
     def fits(tokens_per_picture: int) -> bool:
-        limited = with_max_pixels(processor, tokens_per_picture * cell)
-        return sum(picture_tokens(limited, sizes)) <= budget
+        limited = limited_to(tokens_per_picture)
+        return sum(picture_tokens(limited, sizes)) + sum(video_tokens(limited, clips)) <= budget
 
     if low > high or not fits(low):
         return None
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return with_max_pixels(processor, low * cell)
+    return limited_to(low)
+
+
+def _cell(image_processor: Any) -> int:
+    """Pixels that become one token."""
+    return (image_processor.patch_size * image_processor.merge_size) ** 2
+
+
+def _size_up_to(size: Any, max_pixels: int) -> Any:
+    return type(size)(shortest_edge=min(max_pixels, size["shortest_edge"]), longest_edge=max_pixels)

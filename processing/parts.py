@@ -4,7 +4,7 @@
 |------------|------------------------------------------------------------|-----------------------------------------|
 | "text"     | "text": str                                                |                                         |
 | "image"    | one of "image", "path", "url", "base64"                    | "numbered": false, see below            |
-| "video"    | one of "video", "path", "url"                              |                                         |
+| "video"    | one of "video", "path", "url": a file, or a list of frames | which frames, see VIDEO_OPTIONS         |
 | "box"      | "bbox": [x1, y1, x2, y2] or a list of them                 | "label", "normalized", "image_index"    |
 | "quad"     | "quad": [x1, y1, ..., x4, y4] or a list of them            | "label", "normalized", "image_index"    |
 | "point"    | "point": [x, y] or a list of them                          | "label", "normalized", "image_index"    |
@@ -28,12 +28,17 @@ Part = dict[str, Any]
 
 IMAGE_KEYS = ("image", "path", "url", "base64")
 VIDEO_KEYS = ("video", "path", "url")
+# Which frames of a video are seen, by the names that qwen-vl-utils gives them: "fps" frames per second, at least
+# "min_frames" and at most "max_frames", or "nframes" in all; from "video_start" to "video_end", in seconds.
+# "sample_fps" says how many frames of a list of frames make a second.
+VIDEO_OPTIONS = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end", "sample_fps")
+_SIZE_OPTIONS = ("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width")
 SHAPES = {"box": ("bbox", 4), "quad": ("quad", 8), "point": ("point", 2)}  # (key, how many numbers one shape has)
 _SHAPE_OPTIONS = ("label", "normalized", "image_index")
 PART_KEYS: dict[str, tuple[str, ...]] = {
     "text": ("type", "text"),
     "image": ("type", *IMAGE_KEYS, "numbered"),
-    "video": ("type", *VIDEO_KEYS),
+    "video": ("type", *VIDEO_KEYS, *VIDEO_OPTIONS),
     **{name: ("type", key, *_SHAPE_OPTIONS) for name, (key, _) in SHAPES.items()},
     "ref": ("type", "text"),
     "document": ("type", "html", "image_index"),
@@ -57,6 +62,11 @@ def check_part(part: Any, where: str, num_pictures_before: int, num_pictures: in
     if not isinstance(kind, str) or kind not in PART_KEYS:
         hint = _nearest(kind, tuple(PART_KEYS)) or f"; known are {', '.join(PART_KEYS)}"
         raise ValueError(f"{where} has the unknown type {kind!r}{hint}")
+    if sizes := [key for key in _SIZE_OPTIONS if key in part]:
+        raise ValueError(
+            f"{where} has {sizes[0]!r}: sizes are set in one place, on the processor (min_pixels and max_pixels when "
+            f"loading, data.picture_side in a recipe), so that training and use agree"
+        )
     refuse_unknown_keys(part, PART_KEYS[kind], f"{where} (type {kind!r})")
     if kind in ("text", "ref"):
         if not isinstance(part.get("text"), str):
@@ -71,6 +81,8 @@ def check_part(part: Any, where: str, num_pictures_before: int, num_pictures: in
             raise ValueError(f"{where} (type {kind!r}) has an empty {keys[0]!r}")
         if not isinstance(part.get("numbered", True), bool):
             raise ValueError(f"{where} has numbered {part['numbered']!r}, it must be true or false")
+        if kind == "video":
+            _check_video(part, f"{where} (type 'video')")
     else:
         _check_picture_index(part, f"{where} (type {kind!r})", num_pictures_before, num_pictures)
         if kind == "document":
@@ -80,6 +92,22 @@ def check_part(part: Any, where: str, num_pictures_before: int, num_pictures: in
                 )
         else:
             _check_shape(part, kind, f"{where} (type {kind!r})")
+
+
+def _check_video(part: Part, where: str) -> None:
+    is_list = isinstance(video_of(part), list | tuple)
+    if is_list and not video_of(part):
+        raise ValueError(f"{where} has an empty list of frames")
+    for key in VIDEO_OPTIONS:
+        if part.get(key) is None:
+            continue
+        if not is_number(part[key]) or part[key] < 0 or (part[key] == 0 and key != "video_start"):
+            raise ValueError(f"{where} has {key} {part[key]!r}, it must be a number > 0")
+        if is_list != (key == "sample_fps"):
+            holds = "a list of frames, which is taken whole" if is_list else "no list of frames"
+            raise ValueError(f"{where} has {key!r}, but it holds {holds}")
+    if part.get("fps") is not None and part.get("nframes") is not None:
+        raise ValueError(f"{where} has both 'fps' and 'nframes': each says how many frames are seen")
 
 
 def _check_picture_index(part: Part, where: str, num_pictures_before: int, num_pictures: int) -> None:
@@ -131,6 +159,11 @@ def picture_of(part: Part) -> Any:
     key = next(key for key in IMAGE_KEYS if part.get(key) is not None)
     is_bare = key == "base64" and not part[key].startswith("data:")
     return f"data:image/*;base64,{part[key]}" if is_bare else part[key]
+
+
+def video_of(part: Part) -> Any:
+    """What a video part holds, whichever of the accepted keys holds it."""
+    return next(part[key] for key in VIDEO_KEYS if part.get(key) is not None)
 
 
 def refuse_unknown_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:

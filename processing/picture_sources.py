@@ -109,20 +109,31 @@ def _from_data_uri(source: str, name: str) -> bytes:
 
 def _read_file(path: Path, name: str, limits: PictureLimits) -> bytes:
     try:
+        return checked_file(path, f"picture {name}", limits, limits.max_bytes).read_bytes()
+    except OSError as error:
+        raise ValueError(f"picture {name} cannot be opened: {error}") from error
+
+
+def checked_file(path: Path, what: str, limits: PictureLimits, max_bytes: int | None) -> Path:
+    """`path` as it may be opened; ValueError where it is no file, lies outside the limits' root or is too large.
+
+    what: how messages call it, "picture a.png".
+    """
+    try:
         if limits.root is not None:
             root = Path(limits.root).resolve(strict=True)
             path = (root / path).resolve()
             if not path.is_relative_to(root):
-                raise ValueError(f"picture {name} lies outside {root}: it is {path}")
+                raise ValueError(f"{what} lies outside {root}: it is {path}")
         if not path.exists():
-            raise ValueError(f"picture {name} does not exist (looked for {path.absolute()})")
+            raise ValueError(f"{what} does not exist (looked for {path.absolute()})")
         if not path.is_file():  # a folder, or a device or pipe that would never end
-            raise ValueError(f"picture {name} is not a file")
-        if (size := path.stat().st_size) > limits.max_bytes:
-            raise ValueError(f"picture {name} has {size} bytes, the limit is {limits.max_bytes}")
-        return path.read_bytes()
+            raise ValueError(f"{what} is not a file")
+        if max_bytes is not None and (size := path.stat().st_size) > max_bytes:
+            raise ValueError(f"{what} has {size} bytes, the limit is {max_bytes}")
+        return path
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
-        raise ValueError(f"picture {name} cannot be opened: {error}") from error
+        raise ValueError(f"{what} cannot be opened: {error}") from error
 
 
 def _download(url: str, name: str, limits: PictureLimits) -> bytes:

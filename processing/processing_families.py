@@ -9,24 +9,31 @@ these two differ was edited by hand or mixed from two checkpoints: its boxes wer
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import transformers
 from PIL import Image
+from transformers import AutoImageProcessor
 from transformers.image_utils import get_image_size, infer_channel_dimension_format, make_flat_list_of_images
 from transformers.utils import cached_file
 
+from .conversation_pictures import parts_of
 from .coordinates import CONVENTIONS
-from .grounding_mixin import GroundingMixin, Size
+from .grounding_mixin import GroundingMixin, Message, Size
+from .parts import VIDEO_KEYS, check_part
+from .pictures import ANYTHING, PictureLimits
 from .processing_qwenvl import QwenVLProcessor
 from .smart_resize import check_limits, smart_resize
+from .videos import Clip, open_clip
 
 
 class DynamicResolutionMixin(GroundingMixin):
     """Pictures keep their aspect ratio and are resized to lie between two limits, set here and nowhere else."""
 
     image_processor: Any
+    video_processor: Any
     model_types: ClassVar[tuple[str, ...]]
 
     @property
@@ -78,8 +85,86 @@ class DynamicResolutionMixin(GroundingMixin):
                 )
         return inputs, replacements
 
+    def apply_chat_template(
+        self,
+        conversation: list,
+        chat_template: str | None = None,
+        *,
+        picture_limits: PictureLimits = ANYTHING,
+        tokenize: bool = False,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As `GroundingMixin`'s; with `tokenize`, the frames of videos are chosen and decoded as in training
+        (`videos.py`), and resized once, by the video processor.
+
+        Raises:
+            ValueError: besides `GroundingMixin`'s, options of videos in the call: they belong into the video part.
+        """
+        processor_kwargs = dict(processor_kwargs or {})
+        if tokenize:
+            is_batch = bool(conversation) and isinstance(conversation[0], list | tuple)
+            clips: list[Clip] = []
+            loaded = [
+                self._with_loaded_videos(messages, picture_limits, clips)
+                for messages in (conversation if is_batch else [conversation])
+            ]
+            if clips:
+                if given := sorted(
+                    {"fps", "num_frames", "do_sample_frames", "video_metadata"} & set(processor_kwargs)
+                ):
+                    raise ValueError(f"{given[0]} in the call: say it in the video part, or on the video processor")
+                processor_kwargs["do_sample_frames"] = False
+                processor_kwargs["video_metadata"] = [clip.metadata(self.video_processor) for clip in clips]
+                conversation = list(loaded if is_batch else loaded[0])
+        return super().apply_chat_template(
+            conversation,
+            chat_template,
+            picture_limits=picture_limits,
+            tokenize=tokenize,
+            processor_kwargs=processor_kwargs,
+            **kwargs,
+        )
+
+    def _with_loaded_videos(
+        self, messages: Sequence[Message], limits: PictureLimits, clips: list[Clip]
+    ) -> Sequence[Message]:
+        """The conversation with the frames that the model sees in each video part; the videos are added to `clips`."""
+        if not any(part.get("type") == "video" for part in parts_of(messages)):
+            return messages
+
+        def load(part: dict[str, Any], where: str) -> dict[str, Any]:
+            if part.get("type") != "video":
+                return part
+            check_part({key: value for key, value in part.items() if value is not None}, where, 0, 0)
+            clips.append(open_clip(part, limits))
+            named = {key: value for key, value in part.items() if key not in VIDEO_KEYS}
+            return {**named, "video": clips[-1].load(self.video_processor)}
+
+        return [
+            {
+                **message,
+                "content": [load(part, f"message {m} part {p}") for p, part in enumerate(message["content"])],
+            }
+            if isinstance(message.get("content"), list | tuple)
+            else message
+            for m, message in enumerate(messages)
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "pixel_limits": self.pixel_limits}
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: Any, processor_dict: dict, backend: str | None = None, **kwargs: Any
+    ) -> list[Any]:
+        """Differs from the base class: `backend` is for the image processor alone; videos have no PIL backend."""
+        arguments = super()._get_arguments_from_pretrained(  # type: ignore[misc]
+            pretrained_model_name_or_path, processor_dict, **kwargs
+        )
+        if backend is not None:
+            arguments[0] = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, backend=backend, **kwargs)
+        return arguments
 
     @classmethod
     def from_pretrained(
@@ -110,6 +195,9 @@ class DynamicResolutionMixin(GroundingMixin):
                 f"processor_config.json equal; min_pixels and max_pixels, given when loading, change both"
             )
         processor.set_pixel_limits(min_pixels, max_pixels)
+        if processor.video_processor.cap_pixels_per_frame is None:
+            # transformers 5.23 leaves it open and announces another default: what training used is saved with it.
+            processor.video_processor.cap_pixels_per_frame = False
         return processor
 
 

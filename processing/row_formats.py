@@ -60,10 +60,14 @@ class RowFormat:
 ROW_FORMATS: dict[str, RowFormat] = {
     "qwenvl": RowFormat(("conversations",), (), read_qwenvl, fits_qwenvl, "from user and assistant"),
     "llava": RowFormat(
-        ("conversations",), ("image", "images", "system"), read_llava, fits_llava, "from human and gpt"
+        ("conversations",),
+        ("image", "images", "video", "videos", "system"),
+        read_llava,
+        fits_llava,
+        "from human and gpt",
     ),
-    "messages": RowFormat(("messages",), ("image", "images"), read_messages),
-    "prefix_suffix": RowFormat(("prefix", "suffix"), ("image", "images"), read_prefix_suffix),
+    "messages": RowFormat(("messages",), ("image", "images", "video", "videos"), read_messages),
+    "prefix_suffix": RowFormat(("prefix", "suffix"), ("image", "images", "video", "videos"), read_prefix_suffix),
     "preference": RowFormat(("prompt", "chosen", "rejected"), ("image", "images"), read_preference),
     "reward": RowFormat(("problem|prompt", "solution"), ("image", "images"), read_reward),
     "coco": RowFormat(("image", "annotations", "categories"), ("question",), read_coco),

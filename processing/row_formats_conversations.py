@@ -8,7 +8,7 @@ from typing import Any
 
 from .example import Message
 from .parts import SHAPES, Part, shorten
-from .row_pictures import PictureRoot, pictures_of_row, with_pictures
+from .row_pictures import PictureRoot, pictures_of_row, videos_of_row, with_pictures
 from .tagged_text import parts_from_tags
 
 Fields = dict[str, Any]
@@ -65,14 +65,15 @@ def read_llava(row: Row, root: PictureRoot) -> Fields:
     messages: list[Message] = [{"role": role, "content": value} for role, value in _turns(row, _LLAVA_ROLES)]
     if row.get("system") is not None:
         messages.insert(0, {"role": "system", "content": row["system"]})
-    pictures = pictures_of_row(row, root)
-    return {"messages": with_pictures(messages, pictures, root, placeholders_required=True)}
+    pictures, videos = pictures_of_row(row, root), videos_of_row(row, root)
+    return {"messages": with_pictures(messages, pictures, root, placeholders_required=True, videos=videos)}
 
 
 def read_messages(row: Row, root: PictureRoot) -> Fields:
     """{"images": ["a.png"], "messages": [{"role": "user", "content": [{"type": "image"}, ...]}, ...]}."""
     pictures = pictures_of_row(row, root)
-    return {"messages": with_pictures(row["messages"], pictures, root, placeholders_required=False)}
+    videos = videos_of_row(row, root)
+    return {"messages": with_pictures(row["messages"], pictures, root, placeholders_required=False, videos=videos)}
 
 
 def read_prefix_suffix(row: Row, root: PictureRoot) -> Fields:
@@ -91,8 +92,8 @@ def read_prefix_suffix(row: Row, root: PictureRoot) -> Fields:
     is_document = _HTML_BOX.search(row["suffix"]) is not None
     answer = [{"type": "document", "html": row["suffix"]}] if is_document else row["suffix"]
     messages = [{"role": "user", "content": row["prefix"]}, {"role": "assistant", "content": answer}]
-    pictures = pictures_of_row(row, root)
-    return {"messages": with_pictures(messages, pictures, root, placeholders_required=False)}
+    pictures, videos = pictures_of_row(row, root), videos_of_row(row, root)
+    return {"messages": with_pictures(messages, pictures, root, placeholders_required=False, videos=videos)}
 
 
 def _turns(row: Row, roles: dict[str, str]) -> list[tuple[str, str]]:

@@ -1,8 +1,8 @@
-"""Example + processor -> input ids, labels and pixel tensors; every picture is decoded and processed once.
+"""Example + processor -> input ids, labels and pixel tensors; every picture and frame is decoded and processed once.
 
 The text comes first, with the number of tokens that each picture's size will give; once the example is known to fit,
-the pictures are resized and normalised. What comes out is checked, always: something is supervised, no placeholder is,
-and every supervised answer ends with its end token.
+the pictures are resized and normalised, and the frames of videos decoded. What comes out is checked, always: something
+is supervised, no placeholder is, and every supervised answer ends with its end token.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.video_utils import VideoMetadata
 
 from .chat_spans import (
     ANSWERS,
@@ -27,12 +28,13 @@ from .chat_spans import (
     trained_messages,
 )
 from .encoded_example import EncodedExample
-from .example import Example, Message, RowError, count_pictures
+from .example import Example, Message, RowError, count_pictures, videos_in
 from .grounding_mixin import GroundingMixin, Size
-from .length import Draft, LengthPolicy, Step, fit, picture_tokens
+from .length import Draft, LengthPolicy, Step, fit, picture_tokens, video_tokens
 from .pictures import ANYTHING, PictureLimits, load_picture, picture_size
 from .span_encoding import encode_spans
-from .special_tokens import ENDOFTEXT, IMAGE_PAD, IMGPAD, VISION_END, VISION_START
+from .special_tokens import ENDOFTEXT, IMAGE_PAD, IMGPAD, VIDEO_PAD, VISION_END, VISION_START
+from .videos import Clip, open_clip
 
 # Stages 1 and 2 with the later families: pictures and texts as they stand, no roles; the answer ends with
 # <|endoftext|>.
@@ -40,6 +42,7 @@ PLAIN_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message.content is string -%}{{- message.content -}}{%- else -%}{%- for part in message.content -%}"
     "{%- if part.type == 'image' -%}{{- '" + VISION_START + IMAGE_PAD + VISION_END + "' -}}"
+    "{%- elif part.type == 'video' -%}{{- '" + VISION_START + VIDEO_PAD + VISION_END + "' -}}"
     "{%- else -%}{{- part.text -}}{%- endif -%}{%- endfor -%}{%- endif -%}"
     "{%- if message.role == 'assistant' -%}{{- '" + ENDOFTEXT + "' -}}{%- endif -%}"
     "{%- endfor -%}"
@@ -99,7 +102,7 @@ class Supervision:
         """
         try:
             pictures = [load_picture(picture, self.limits) for picture in example.pictures]
-            plan = self.plan(example, [(picture.height, picture.width) for picture in pictures])
+            plan = self.plan(example, [(picture.height, picture.width) for picture in pictures], self.clips(example))
             self.counts.update(["drop"] if plan is None else plan[1] or ["kept"])
             return None if plan is None else self._with_pixels(example, *plan, pictures)
         except RowError:
@@ -120,25 +123,32 @@ class Supervision:
             RowError: as calling does, as far as it can be known without decoding.
         """
         try:
-            plan = self.plan(example, [picture_size(picture, self.limits) for picture in example.pictures])
+            sizes = [picture_size(picture, self.limits) for picture in example.pictures]
+            plan = self.plan(example, sizes, self.clips(example))
         except ValueError as error:
             raise RowError(example.source, str(error)) from error
         return None if plan is None else plan[0].length
 
-    def plan(self, example: Example, sizes: Sequence[Size]) -> tuple[Draft, tuple[Step, ...]] | None:
+    def clips(self, example: Example) -> list[Clip]:
+        """The videos of `example`, their heads read and nothing decoded; ValueError as `videos.open_clip`."""
+        return [open_clip(part, self.limits) for part in example.videos]
+
+    def plan(
+        self, example: Example, sizes: Sequence[Size], clips: Sequence[Clip] = ()
+    ) -> tuple[Draft, tuple[Step, ...]] | None:
         """The text of `example` as ids, fitted to the length policy, and the steps that took; None if it is dropped.
 
-        sizes: (height, width) of its pictures in original pixels.
+        sizes: (height, width) of its pictures in original pixels. clips: its videos.
         """
-        whole = self.draft(example, sizes, self.processor, len(example.messages))
+        whole = self.draft(example, sizes, self.processor, len(example.messages), clips)
         fitted: tuple[Draft, tuple[Step, ...]] | None = (whole, ())
         if self.length is not None and whole.length > self.length.max_length:
             count = len(example.messages)
             endings = [n for n in range(1, count) if trained_messages(example.messages[:n], self.train_on)[-1]]
-            fitted = fit(whole, lambda *args: self.draft(example, sizes, *args), endings, self.length)
+            fitted = fit(whole, lambda p, n: self.draft(example, sizes, p, n, clips), endings, self.length)
             if fitted is None and self.length.steps[-1] == "raise":
                 raise ValueError(
-                    f"{whole.length} tokens ({whole.num_picture_tokens} of them for {len(sizes)} pictures), but "
+                    f"{whole.length} tokens ({whole.num_picture_tokens} of them for {_counted(sizes, clips)}), but "
                     f"max_length is {self.length.max_length} and no step of {self.length.steps} helps: raise "
                     f"max_length, lower the processor's pixels, or end the steps with 'drop'"
                 )
@@ -146,13 +156,29 @@ class Supervision:
             self._check(fitted[0], example)
         return fitted
 
-    def draft(self, example: Example, sizes: Sequence[Size], processor: Any, num_messages: int) -> Draft:
-        """The first messages of `example` as ids, whatever their number, as `processor` will see the pictures."""
+    def draft(
+        self,
+        example: Example,
+        sizes: Sequence[Size],
+        processor: Any,
+        num_messages: int,
+        clips: Sequence[Clip] = (),
+    ) -> Draft:
+        """The first messages of `example` as ids, whatever their number, as `processor` will see its pictures."""
         if example.kind != "sft":
             raise ValueError(f"an example of kind {example.kind!r} has no answer to train on; only 'sft' has")
         messages = example.messages[:num_messages]
         sizes = sizes[: sum(map(count_pictures, messages))]
+        clips = clips[: sum(len(videos_in(message)) for message in messages)]
         tokens = picture_tokens(processor, sizes)
+        placeholders = {processor.image_token: [[processor.image_token_id] * count for count in tokens]}
+        never_targets = {processor.image_token_id}
+        if _sees_videos(processor):
+            placeholders[processor.video_token] = [
+                processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+                for text in _video_texts(processor, clips)
+            ]
+            never_targets.add(processor.video_token_id)
         spans = chat_spans(
             messages,
             _renderer(processor, example.style, sizes),
@@ -165,18 +191,21 @@ class Supervision:
             spans,
             processor.tokenizer,
             self._special,
-            placeholders={processor.image_token: [[processor.image_token_id] * count for count in tokens]},
-            never_targets={processor.image_token_id},
+            placeholders=placeholders,
+            never_targets=never_targets,
             joined=self.rule.joined,
             in_data=self._in_data,
         )
-        return Draft(processor, num_messages, encoded, spans, sizes, sum(tokens))
+        num_picture_tokens = sum(tokens) + sum(video_tokens(processor, clips))
+        return Draft(processor, num_messages, encoded, spans, sizes, num_picture_tokens, clips)
 
     def _check(self, draft: Draft, example: Example) -> None:
         if all(label == IGNORE for label in draft.encoded.labels[1:]):
             raise ValueError("nothing is supervised: no message is trained (train_on; train and weight in the row)")
         if draft.processor.image_token_id in draft.encoded.labels:
             raise ValueError("a picture's placeholder is supervised")
+        if draft.clips and draft.processor.video_token_id in draft.encoded.labels:
+            raise ValueError("a video's placeholder is supervised")
         messages = example.messages[: draft.num_messages]
         for index, is_trained in enumerate(trained_messages(messages, self.train_on)):
             if is_trained and messages[index].get("weight", 1.0) > 0:
@@ -195,7 +224,7 @@ class Supervision:
             labels=labels,
             loss_weights=None if torch.equal(weights, (labels != IGNORE).float()) else weights,
             mm_token_type_ids=None if types is None else torch.tensor(types),
-            vision=_vision(draft, pictures[: len(draft.picture_sizes)]),
+            vision=_vision(draft, pictures[: len(draft.picture_sizes)]) | _video_vision(draft),
             task=example.task,
             source=example.source,
             fitted=steps,
@@ -222,7 +251,8 @@ def _renderer(processor: Any, style: str, sizes: Sequence[Size]) -> Render:
         if isinstance(processor, GroundingMixin):
             messages = processor.render_conversation(messages, sizes)
         parts = [part for m in messages if not isinstance(m["content"], str) for part in m["content"]]
-        if unknown := sorted({part["type"] for part in parts} - {"text", "image"}):
+        known = {"text", "image", "video"} if _sees_videos(processor) else {"text", "image"}
+        if unknown := sorted({part["type"] for part in parts} - known):
             raise ValueError(
                 f"{type(processor).__name__} cannot write parts of type {', '.join(unknown)}"
                 + (
@@ -236,6 +266,27 @@ def _renderer(processor: Any, style: str, sizes: Sequence[Size]) -> Render:
     return render
 
 
+def _sees_videos(processor: Any) -> bool:
+    return processor.image_token != IMGPAD  # all families but the first
+
+
+def _counted(sizes: Sequence[Size], clips: Sequence[Clip]) -> str:
+    return f"{len(sizes)} pictures" + (f" and {len(clips)} videos" if clips else "")
+
+
+def _video_texts(processor: Any, clips: Sequence[Clip]) -> list[str]:
+    """What the family's processor writes for each video: a placeholder per token, for Qwen3-VL with time stamps."""
+    texts = []
+    for clip, count in zip(clips, video_tokens(processor, clips), strict=True):
+        metadata = VideoMetadata(**clip.metadata(processor.video_processor))
+        steps = -(-len(metadata.frames_indices) // processor.video_processor.temporal_patch_size)
+        # The text asks only for the number of steps in time and for the patches of a step, not for rows and columns.
+        patches = count // steps * processor.video_processor.merge_size**2
+        inputs = {"video_grid_thw": torch.tensor([[steps, 1, patches]]), "video_metadata": [metadata]}
+        texts.append(processor.replace_video_token(inputs, video_idx=0))
+    return texts
+
+
 def _vision(draft: Draft, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
     """What the image processor makes of the pictures; as many tokens as the text has, or ValueError."""
     if not pictures:
@@ -245,6 +296,26 @@ def _vision(draft: Draft, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
     made = [
         processor.replace_image_token(vision, image_idx=i).count(processor.image_token) for i in range(len(pictures))
     ]
-    if sum(made) != draft.num_picture_tokens:
-        raise ValueError(f"the text has {draft.num_picture_tokens} picture tokens, the image processor makes {made}")
+    planned = draft.num_picture_tokens - sum(video_tokens(processor, draft.clips))
+    if sum(made) != planned:
+        raise ValueError(f"the text has {planned} picture tokens, the image processor makes {made}")
     return {name: value for name, value in vision.items() if name not in processor.unused_input_names}
+
+
+def _video_vision(draft: Draft) -> dict[str, Tensor]:
+    """What the video processor makes of the frames that the draft counts on; ValueError if the text says otherwise."""
+    if not draft.clips:
+        return {}
+    processor = draft.processor
+    frames = [clip.load(processor.video_processor) for clip in draft.clips]
+    metadata = [clip.metadata(processor.video_processor) for clip in draft.clips]
+    vision, written = processor._process_videos(
+        frames, video_metadata=metadata, do_sample_frames=False, return_metadata=True, return_tensors="pt"
+    )
+    if written != (planned := _video_texts(processor, draft.clips)):
+        made, expected = ([text.count(processor.video_token) for text in texts] for texts in (written, planned))
+        raise ValueError(f"the text has {expected} tokens for its videos, the video processor makes {made}")
+    tensors = {name: value for name, value in vision.items() if name != "video_metadata"}
+    if "second_per_grid_ts" in tensors:
+        tensors["second_per_grid_ts"] = torch.tensor(tensors["second_per_grid_ts"])
+    return {name: value for name, value in tensors.items() if name not in processor.unused_input_names}
