@@ -91,7 +91,7 @@ def _same_choice(answer: str, truths: Sequence[str]) -> float:
 
 
 def _same_expression(answer: str, truths: Sequence[str]) -> float:
-    from math_verify import parse, verify  # optional
+    from math_verify import parse, verify  # type: ignore[import-not-found]  # optional
 
     if exact_match(answer, truths):
         return 1.0

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from processing.example import Message
-from trainers.reward_solution import Completion, RewardFunction, text_of
+from trainers.reward_solution import Completion, RewardFunction, prompt_text, text_of
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One answer to judge: the conversation (texts only), the loaded pictures, the answer, the row's solution."""
+    """One answer to judge: the conversation, its pictures apart, the answer, the row's solution."""
 
     prompt: Sequence[Message]
     pictures: Sequence[Any]
@@ -105,7 +105,7 @@ def language_model(
             (
                 instruction.format(
                     num_pictures=len(one.pictures),
-                    question="\n".join(f"{message['role']}: {message['content']}" for message in one.prompt),
+                    question=prompt_text(one.prompt),
                     solution=one.solution,
                     # A line of dashes would end the quotation.
                     answer=re.sub(r"(?m)^-{3,}", "--", one.answer),

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from trainers.reward_solution import Completion, text_of
+from trainers.reward_solution import Completion, prompt_text, text_of
 
 
 def repetition(
@@ -67,7 +67,7 @@ def prompt_copy(
     """
     penalties: list[float | None] = []
     for prompt, completion in zip(prompts, completions, strict=True):
-        asked = {run for message in prompt for run in _runs(message["content"], num_words)}
+        asked = set(_runs(prompt_text(prompt), num_words))
         said = _runs(text_of(completion), num_words)
         penalties.append(-sum(run in asked for run in said) / len(said) if said else 0.0)
     return penalties

@@ -28,6 +28,16 @@ def text_of(completion: Completion) -> str:
     return completion[0]["content"]
 
 
+def prompt_text(prompt: Sequence[Mapping[str, Any]]) -> str:
+    """The texts of a prompt's messages, a line each."""
+    lines = []
+    for message in prompt:
+        content = message["content"]
+        parts = [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+        lines.append("".join(parts))
+    return "\n".join(lines)
+
+
 def answer_of(text: str) -> str:
     """What a completion answers: the inside of <answer>, or what follows </think>, or all of it.
 
@@ -129,4 +139,4 @@ def _boxes(value: Any, image_index: int | None) -> tuple[Box, ...]:
         raise ValueError(f"boxes must be [x1, y1, x2, y2] or a list of such, they are {value!r}")
     # A row of several pictures whose solution names none is about the last one, as parse_answer assumes; boxes of one
     # picture are then compared with each other whatever its number.
-    return tuple(Box(*box, image_index=image_index or 0) for box in boxes)
+    return tuple(Box(x1, y1, x2, y2, image_index=image_index or 0) for x1, y1, x2, y2 in boxes)

@@ -91,3 +91,9 @@ def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
         return ": it has none"
     nearest = get_close_matches(name, list(known), n=1)
     return f": did you mean {nearest[0]!r}?" if nearest else f": known are {', '.join(known)}"
+
+
+def reads_solutions(terms: Sequence[RewardTerm]) -> bool:
+    """Whether a reward of the table compares with `solution`, so that rows must have one of the known kinds."""
+    known = [REWARDS[term.name] for term in terms if term.function is None]
+    return any("solution" in inspect.signature(function).parameters for function in known)

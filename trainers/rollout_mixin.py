@@ -1,0 +1,293 @@
+"""RolloutMixin: what QwenVLGRPOTrainer and QwenVLRLOOTrainer change of TRL's trainers, at their seams.
+
+TRL gives each of the G completions of a prompt its own copy of the pictures, preprocesses them twice, encodes them in
+every forward pass, and spreads a group over micro-batches. Here a dataset row is a number; the prompt behind it is
+encoded once per batch of rollouts, generated from once, and its group stays together and is scored as one.
+"""
+
+import logging
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import TrainOutput
+from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import split_tensor_dict
+
+from processing.example import Example
+from processing.pictures import ANYTHING, PictureLimits
+from trainers.completion_layout import LayoutName
+from trainers.completion_logps import add_completion_head
+from trainers.completions_page import Completed, completions_page
+from trainers.families import unwrap
+from trainers.freezing import TrainedParts, freeze
+from trainers.rewards import RewardTerm, reads_solutions
+from trainers.rollout_watch import RolloutWatch
+from trainers.rollouts import (
+    Prompt,
+    check_processor,
+    check_rows,
+    encode_prompt,
+    forbidden_token_ids,
+    generation_fields,
+    scoring_fields,
+    stop_token_ids,
+    text_before_stop,
+)
+
+logger = logging.getLogger(__name__)
+# As after stage 3: the tower stays, so that each picture is encoded once per step.
+TRAINED = TrainedParts(("adapter", "language_model", "embeddings"))
+
+
+class RolloutMixin(Trainer):
+    """Put before CheckpointMixin and TRL's trainer.
+
+    Args:
+        model: of a family in `trainers.families`, bare or wrapped by PEFT.
+        rewards: names of `trainers.rewards.REWARDS` or RewardTerms.
+        args: TRL's arguments. `per_device_train_batch_size` counts completions and must hold whole groups of
+            `num_generations`.
+        train_dataset, eval_dataset: Examples of kind "reward".
+        processing_class: the processor, from `load_processor`.
+        trained: what trains.
+        layout: "tree" computes a prompt once for its completions (needs sdpa or eager attention), "rows" G times.
+
+    Without PEFT the reference model of `beta` > 0 is a frozen copy of `model` as it is now; with PEFT it is the model
+    without its adapter, or with a copy of the adapter that came along (see TRL).
+
+    Raises ValueError (RowError by row) for rows, rewards and sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        rewards: Sequence[str | RewardTerm],
+        args: Any,
+        train_dataset: Sequence[Example],
+        processing_class: Any,
+        eval_dataset: Sequence[Example] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        trained: TrainedParts = TRAINED,
+        layout: LayoutName = "tree",
+        limits: PictureLimits = ANYTHING,
+    ) -> None:
+        self.reward_terms = [RewardTerm(term) if isinstance(term, str) else term for term in rewards]
+        self.limits = limits
+        held_out = list(eval_dataset or [])
+        check_processor(processing_class)
+        check_rows([*train_dataset, *held_out], reads_solutions(self.reward_terms))
+        _check_arguments(args)
+        self.examples = [*train_dataset, *held_out]
+        self.freeze = freeze(model, trained)
+        base = self.freeze.parts.base
+        stops = base.generation_config.eos_token_id = stop_token_ids(base, processing_class.tokenizer)
+        forbidden = forbidden_token_ids(base, processing_class)
+        if args.use_vllm:
+            args.generation_kwargs = {"logit_bias": dict.fromkeys(forbidden, -100.0), **(args.generation_kwargs or {})}
+        # TRL would load the reference from the folder that the model came from, if it came from one.
+        beta = args.beta
+        copies_reference = beta != 0 and not isinstance(model, PeftModel) and not args.sync_ref_model
+        if copies_reference:
+            args.beta = 0.0
+        super().__init__(
+            model=model,
+            reward_funcs=[term.reward_function() for term in self.reward_terms],
+            args=args,
+            train_dataset=_numbered(0, len(train_dataset)),
+            eval_dataset=_numbered(len(train_dataset), len(held_out)) if held_out else None,
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        if copies_reference:
+            args.beta = self.beta = beta
+            self.ref_model = self._prepared_reference(base, layout)
+        elif self.ref_model is not None:
+            add_completion_head(unwrap(self.accelerator.unwrap_model(self.ref_model)), layout, self.temperature)
+        # Outside TRL's own head, which its __init__ put on.
+        add_completion_head(base, layout, self.temperature, ("log_probs", "entropy"))
+        # TRL would add the tokenizer's eos even where there is none.
+        self.eos_token_ids = stops
+        if not self.use_vllm:
+            own = {"eos_token_id": stops, "suppress_tokens": forbidden}
+            self.generation_config.update(**own)
+            self.generation_kwargs.update(own)
+        self.watch = RolloutWatch()
+        self._prompts: list[Prompt] = []  # of the rows that are being generated or scored
+        self._rewards: Tensor = torch.empty(0)
+        self._shown: list[Completed] = []
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """As `CheckpointMixin.train`; a frozen tower runs without a graph meanwhile."""
+        with self.freeze.tower_without_graph():
+            return super().train(resume_from_checkpoint, **kwargs)
+
+    def _prepared_reference(self, base: PreTrainedModel, layout: LayoutName) -> nn.Module:
+        reference = deepcopy(base).requires_grad_(False).eval()
+        add_completion_head(reference, layout, self.temperature)
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(reference, self.accelerator)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(reference, self.accelerator)
+        return self.accelerator.prepare_model(reference, evaluation_mode=True)
+
+    # --- Rows -> prompts -> completions ---
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        # TRL shuffles completions between generating and splitting, which would tear groups apart.
+        if not self.model.training:
+            return self._generate_and_score_completions(generation_batch)
+        parts = self.args.steps_per_generation
+        if self._step % (parts * self.num_iterations) == 0 or self._buffered_inputs is None:
+            self._buffered_inputs = split_tensor_dict(self._generate_and_score_completions(generation_batch), parts)
+        return self._buffered_inputs[self._step % parts]
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        rows, size = [entry["row"] for entry in inputs], self._group_size
+        groups = [rows[start : start + size] for start in range(0, len(rows), size)]
+        assert all(len(set(group)) == 1 and len(group) == size for group in groups), "the sampler repeats each row"
+        prompts = [encode_prompt(self.examples[group[0]], self.processing_class, self.limits) for group in groups]
+        self._prompts = [prompt for prompt in prompts for _ in range(size)]
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        self.reward_weights = torch.tensor([term.weight_at(progress) for term in self.reward_terms])
+        output = super()._generate_and_score_completions(_columns(self._prompts))
+        output["prompts"] = self._prompts
+        self._look_at(output)
+        return output
+
+    @property
+    def _group_size(self) -> int:
+        return self.num_generations if self.model.training else self.num_generations_eval
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], list[Any] | None, dict[str, Any]]:
+        pictures = [list(prompt.pictures) or None for prompt in self._prompts] if self.use_vllm else None
+        return [prompt.input_ids for prompt in self._prompts], pictures, {}
+
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if self.use_vllm:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
+        unique = self._prompts[:: self._group_size]
+        self.generation_config.num_return_sequences = self._group_size
+        fields = generation_fields(unique)
+        return super()._generate_single_turn([prompt.input_ids for prompt in unique], None, fields, *args, **kwargs)
+
+    def _as_messages(self, completion_ids: Sequence[Sequence[int]]) -> list[list[dict[str, str]]]:
+        """Completions as rewards see them: with the tags of boxes, which TRL's decoding drops, and no end token."""
+        tokenizer, stops = self.processing_class.tokenizer, self.eos_token_ids
+        return [[{"role": "assistant", "content": text_before_stop(ids, tokenizer, stops)}] for ids in completion_ids]
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._rewards = super()._calculate_rewards(*args, **kwargs)
+        return self._rewards
+
+    # --- Scoring ---
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        self._prompts = inputs["prompts"]
+        if self.model.training:
+            self.freeze.set_modes()
+        return super()._compute_loss(model, inputs)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None, None]:
+        assert not compute_aux_loss, "no family of trainers/families.py has experts to balance"
+        labels = input_ids.masked_fill(attention_mask == 0, -100)
+        labels[:, :-logits_to_keep] = -100
+        size = batch_size or len(input_ids)
+        logps, entropies = [], []
+        for start in range(0, len(input_ids), size):
+            rows = slice(start, start + size)
+            with self.accelerator.autocast():
+                output = model(
+                    input_ids=input_ids[rows],
+                    attention_mask=attention_mask[rows],
+                    labels=labels[rows],
+                    fused_lm_head=True,
+                    **scoring_fields(self._prompts[rows], input_ids.device),
+                )
+            logps.append(output.log_probs[:, -logits_to_keep:])
+            if compute_entropy:
+                entropies.append(output.entropy[:, -logits_to_keep:])
+        return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
+
+    # --- Seeing it ---
+
+    def _look_at(self, output: dict[str, Any]) -> None:
+        first = self.accelerator.process_index * len(self._prompts)
+        rewards = self._rewards[first : first + len(self._prompts)]
+        weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1).view(-1, self._group_size)
+        lengths = output["completion_mask"].sum(dim=1)
+        if self.model.training:
+            for message in self.watch.observe(weighted.tolist(), float(lengths.float().mean())):
+                logger.warning("Step %d: %s", self.state.global_step + 1, message)
+        if self.log_completions:
+            texts = [m[0]["content"] for m in self._as_messages(output["completion_ids"].tolist())]
+            advantages = output["advantages"]
+            if advantages.ndim == 2:  # PPO's, per token
+                advantages = advantages.sum(dim=1) / lengths.clamp(min=1)
+            self._shown = [
+                Completed(prompt, text, dict(zip(self.reward_func_names, values, strict=True)), advantage)
+                for prompt, text, values, advantage in zip(
+                    self._prompts, texts, rewards.tolist(), advantages.tolist(), strict=True
+                )
+            ]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if self._shown and self.is_world_process_zero():
+            folder = Path(self.args.output_dir) / "completions"
+            folder.mkdir(parents=True, exist_ok=True)
+            title = f"Step {self.state.global_step}"
+            page = completions_page(self._shown, title)
+            (folder / f"step-{self.state.global_step:06d}.html").write_text(page, encoding="utf-8")
+            self._shown = []
+
+
+def _check_arguments(args: Any) -> None:
+    if args.per_device_train_batch_size % args.num_generations:
+        raise ValueError(
+            f"per_device_train_batch_size={args.per_device_train_batch_size} completions do not hold whole groups of "
+            f"num_generations={args.num_generations}: a group stays in one micro-batch, so make it a multiple (and "
+            "gradient_accumulation_steps smaller)."
+        )
+    if args.reward_weights is not None:
+        raise ValueError("reward_weights: weights and schedules stand in the RewardTerms.")
+    if args.remove_unused_columns:
+        raise ValueError("remove_unused_columns=True would drop the rows' numbers: leave it.")
+
+
+def _numbered(first: int, count: int) -> Dataset:
+    return Dataset.from_dict({"row": list(range(first, first + count))})
+
+
+def _columns(prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    """What TRL hands to reward functions, by row: ours, and the columns that any of the rows brought along."""
+    names = {name: None for prompt in prompts for name in prompt.example.columns}
+    return [
+        {
+            **{name: prompt.example.columns.get(name) for name in names},
+            "prompt": prompt.messages,
+            "solution": prompt.example.solution,
+            "task": prompt.example.task,
+            "pictures": prompt.pictures,
+            "reader": prompt.reader,
+        }
+        for prompt in prompts
+    ]
