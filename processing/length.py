@@ -22,11 +22,9 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
-
 from .chat_spans import Span
 from .span_encoding import EncodedSpans
-from .videos import Clip
+from .videos import Clip, with_max_frame_pixels
 
 Step = Literal["shrink", "trim", "drop", "raise"]
 
@@ -162,28 +160,18 @@ def has_dynamic_resolution(processor: Any) -> bool:
 
 def with_max_pixels(processor: Any, max_pixels: int, max_frame_pixels: int | None = None) -> Any:
     """A copy of `processor`, sharing its tokenizer, whose pictures have at most `max_pixels` pixels, and whose videos
-    at most `max_frame_pixels` per frame (None: as the pictures).
+    at most `max_frame_pixels` per frame (None: as the pictures), if they have not less already.
 
     Everything that depends on the limit (size of the picture, number of tokens, coordinates of boxes) follows from it.
     """
     limited = copy(processor)
     limited.image_processor = copy(processor.image_processor)
-    limited.image_processor.size = _size_up_to(processor.image_processor.size, max_pixels)
-    limited.video_processor = _with_max_frame_pixels(
+    limited.image_processor.size = type(processor.image_processor.size)(
+        shortest_edge=min(max_pixels, processor.image_processor.size["shortest_edge"]), longest_edge=max_pixels
+    )
+    limited.video_processor = with_max_frame_pixels(
         processor.video_processor, max_pixels if max_frame_pixels is None else max_frame_pixels
     )
-    return limited
-
-
-def _with_max_frame_pixels(video_processor: Any, max_pixels: int) -> Any:
-    limited = copy(video_processor)
-    if isinstance(video_processor, Qwen3VLVideoProcessor):
-        # Its `size` limits all frames of a video together; this is its limit on a single one.
-        limited.cap_pixels_per_frame = True
-        limited.max_video_tokens = max(1, max_pixels // _cell(video_processor))
-    else:
-        limited.cap_pixels_per_frame = False
-        limited.size = _size_up_to(video_processor.size, max_pixels)
     return limited
 
 
@@ -230,7 +218,3 @@ def shrink_to(processor: Any, sizes: Sequence[tuple[int, int]], budget: int, cli
 def _cell(image_processor: Any) -> int:
     """Pixels that become one token."""
     return (image_processor.patch_size * image_processor.merge_size) ** 2
-
-
-def _size_up_to(size: Any, max_pixels: int) -> Any:
-    return type(size)(shortest_edge=min(max_pixels, size["shortest_edge"]), longest_edge=max_pixels)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +27,7 @@ from .parts import VIDEO_KEYS, check_part
 from .pictures import ANYTHING, PictureLimits
 from .processing_qwenvl import QwenVLProcessor
 from .smart_resize import check_limits, smart_resize
-from .videos import Clip, open_clip
+from .videos import Clip, open_clip, with_max_frame_pixels
 
 
 class DynamicResolutionMixin(GroundingMixin):
@@ -58,6 +59,25 @@ class DynamicResolutionMixin(GroundingMixin):
         check_limits(factor=self.factor, **limits)
         make_size = type(self.image_processor.size)
         self.image_processor.size = make_size(shortest_edge=limits["min_pixels"], longest_edge=limits["max_pixels"])
+
+    def set_video_limits(
+        self, max_pixels: int | None = None, fps: float | None = None, max_frames: int | None = None
+    ) -> None:
+        """Changes what is given: the largest area of a frame in pixels, frames per second, frames of a video.
+
+        They are saved with the processor. `max_pixels` only lowers what the video processor allows.
+        """
+        for name, value in (("max_pixels", max_pixels), ("fps", fps), ("max_frames", max_frames)):
+            least = {"max_pixels": self.factor**2, "fps": 0.0, "max_frames": 2}[name]
+            if value is not None and (value < least or value == 0):
+                raise ValueError(f"{name} of videos is {value}, it must be at least {least} and more than 0")
+        self.video_processor = copy(self.video_processor)
+        if max_pixels is not None:
+            self.video_processor = with_max_frame_pixels(self.video_processor, max_pixels)
+        if fps is not None:
+            self.video_processor.fps = fps
+        if max_frames is not None:
+            self.video_processor.max_frames = max_frames
 
     def model_size(self, height: int, width: int) -> Size:
         if not self.image_processor.do_resize:

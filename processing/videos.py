@@ -11,6 +11,7 @@ Sizes are not decided here: frames are resized once, by the family's video proce
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from qwen_vl_utils.vision_process import FPS, FRAME_FACTOR, calculate_video_frame_range, smart_nframes
 from torch import Tensor
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
 from .parts import Part, video_of
 from .picture_sources import ANYTHING, PictureLimits, checked_file, describe, read_source
@@ -170,6 +172,22 @@ def open_clip(part: Part, limits: PictureLimits = ANYTHING) -> Clip:
     if first_frame.rotation % 180:
         sides = sides[::-1]
     return Clip(part, num_frames, float(rate), *sides, limits)
+
+
+def with_max_frame_pixels(video_processor: Any, max_pixels: int) -> Any:
+    """A copy of a family's video processor whose frames have at most `max_pixels` pixels, and not more than before."""
+    limited = copy(video_processor)
+    if isinstance(video_processor, Qwen3VLVideoProcessor):
+        # Its `size` limits all frames of a video together; this is its limit on a single one, in tokens.
+        cell = (video_processor.patch_size * video_processor.merge_size) ** 2
+        before = [video_processor.max_video_tokens] if video_processor.cap_pixels_per_frame else []
+        limited.cap_pixels_per_frame = True
+        limited.max_video_tokens = max(1, min([max_pixels // cell, *before]))
+    else:
+        size = video_processor.size
+        longest = min(max_pixels, size["longest_edge"])
+        limited.size = type(size)(shortest_edge=min(longest, size["shortest_edge"]), longest_edge=longest)
+    return limited
 
 
 def _decoded(source: Any, name: str, wanted: Sequence[int], limits: PictureLimits) -> list[np.ndarray]:

@@ -122,6 +122,11 @@ hardware.per_device_batch_size 1
             len(weights) > 1 and data.packing,
         ),
         (
+            f"data.video_side {data.video_side} is above data.picture_side {data.picture_side}, which also limits the "
+            "frames of videos: raise picture_side, or set video_side to null",
+            data.video_side is not None and data.video_side > data.picture_side,
+        ),
+        (
             f"hardware.precision float32 multiplies no mixed weights, but model.dtype is {recipe.model.dtype} and "
             f"model.trained_dtype {recipe.model.trained_dtype}: make them equal, or set precision to bfloat16",
             hardware.precision == "float32" and recipe.model.dtype != recipe.model.trained_dtype,

@@ -7,7 +7,7 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 import modeling_qwenvl  # noqa: F401 -- registers Qwen-VL with AutoModelForImageTextToText
-from processing.processing_families import load_processor
+from processing.processing_families import DynamicResolutionMixin, load_processor
 from trainers.families import find_parts
 from trainers.freezing import TrainedParts, freeze
 from trainers.lora import TORCH_DTYPES, add_lora, cast_trained, check_quantized, make_room, quantization_config
@@ -21,9 +21,22 @@ def model_path(recipe: Recipe) -> str:
 
 
 def load_recipe_processor(recipe: Recipe) -> Any:
-    """The processor of `model.path`, with `model.new_tokens`. The trainer sets `data.picture_side`."""
+    """The processor of `model.path`, with `model.new_tokens` and the limits on videos. The trainer sets
+    `data.picture_side`.
+
+    Raises ValueError for limits on videos with Qwen-VL, which sees none.
+    """
     processor = load_processor(model_path(recipe))
     processor.tokenizer.add_tokens(list(recipe.model.new_tokens))
+    data = recipe.data
+    if (data.video_side, data.video_fps, data.video_frames) != (None, None, None):
+        if not isinstance(processor, DynamicResolutionMixin):
+            raise ValueError(
+                f"The recipe {recipe.name} sets data.video_side, video_fps or video_frames, but {model_path(recipe)} "
+                "is a Qwen-VL, which sees no videos."
+            )
+        side = data.video_side
+        processor.set_video_limits(None if side is None else side**2, data.video_fps, data.video_frames)
     return processor
 
 

@@ -152,7 +152,9 @@ class DataSection:
 
     `max_length`: tokens of a row, pictures' included. `too_long`: what is done with rows that stay longer after their
     pictures were made smaller and their last turns left out. `picture_side`: pixels; the native model sees a square of
-    this side, the later families at most this side squared in area. `packing`: several rows of one task in one
+    this side, the later families at most this side squared in area, in pictures and in frames of videos. `video_side`:
+    the same for frames, where they shall be smaller; `video_fps`, `video_frames`: frames per second, and their largest
+    number; None means what the model's video processor says. `packing`: several rows of one task in one
     sequence of `max_length`, which then is what a device takes at once.
     """
 
@@ -161,6 +163,9 @@ class DataSection:
     max_length: Count = 2048
     too_long: Literal["raise", "drop"] = "raise"
     picture_side: Count = 448
+    video_side: Count | None = None
+    video_fps: Positive | None = None
+    video_frames: Count | None = None
     packing: bool = False
     workers: Annotated[int, Field(ge=0)] = 2
 

@@ -143,7 +143,7 @@ class StageTrainer(AnsweringMixin, CheckpointMixin):
         if model.training:
             label_smoothing, z_loss = self.args.label_smoothing_factor, self.args.z_loss
             self.freeze.set_modes()
-            self.saw_pictures |= inputs.get("pixel_values") is not None
+            self.saw_pictures |= not {"pixel_values", "pixel_values_videos"}.isdisjoint(inputs)
             self.monitor.observe(inputs)
         with nullcontext() if self.feature_cache is None else self.feature_cache.serving(inputs):
             loss, outputs = supervised_loss(model, inputs, num_items_in_batch, label_smoothing, z_loss)

@@ -3,6 +3,8 @@
 import json
 from functools import cache
 
+import av
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -26,6 +28,7 @@ from transformers import (
     set_seed,
 )
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
 from modeling_qwenvl.configuration_qwenvl import QwenVLConfig
 from modeling_qwenvl.modeling_qwenvl import QwenVLForConditionalGeneration
@@ -219,7 +222,9 @@ _CHATML = (
     "{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\n' -}}"
     "{%- if message.content is string -%}{{- message.content -}}{%- else -%}{%- for part in message.content -%}"
     "{%- if part.type == 'image' -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}"
+    "{%- elif part.type == 'video' -%}{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}"
     "{%- else -%}{{- part.text -}}{%- endif -%}{%- endfor -%}{%- endif -%}{{- '<|im_end|>\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
 )
 
 
@@ -238,7 +243,12 @@ def _processor(family: str):
         return QwenVLProcessor(QwenVLImageProcessorPil(size={"height": 8, "width": 8}), fast, num_image_tokens=4)
     pictures = Qwen2VLImageProcessorPil(patch_size=2, merge_size=2, size={"shortest_edge": 16, "longest_edge": 64})
     classes = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}
-    return classes[family](pictures, fast, Qwen2VLVideoProcessor(), chat_template=_CHATML)
+    if family == "qwen3_vl":
+        # All frames together: 16 of 8 x 8 pixels.
+        videos = Qwen3VLVideoProcessor(patch_size=2, size={"shortest_edge": 16, "longest_edge": 1024})
+    else:
+        videos = Qwen2VLVideoProcessor(patch_size=2, size={"shortest_edge": 16, "longest_edge": 64})
+    return classes[family](pictures, fast, videos, chat_template=_CHATML)
 
 
 @pytest.fixture(scope="session")
@@ -279,3 +289,20 @@ def rows_file(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+@pytest.fixture
+def write_video():
+    """write_video(path, num_frames=8, side=8, fps=4) -> the path of a real video that brightens."""
+
+    def _write(path, num_frames: int = 8, side: int = 8, fps: int = 4) -> str:
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("mpeg4", rate=fps)
+            stream.width, stream.height, stream.pix_fmt = side, side, "yuv420p"
+            for number in range(num_frames):
+                pixels = np.full((side, side, 3), 255 * number // num_frames, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode())
+        return str(path)
+
+    return _write
