@@ -15,7 +15,7 @@ from PIL import Image
 from processing.coordinates import Shape
 from processing.drawing import draw_shapes
 from trainers.answering import COLOURS, MIN_SIDE
-from trainers.reward_solution import answer_of, prompt_text, read_solution
+from trainers.reward_solution import Solution, answer_of, prompt_text, read_solution
 from trainers.rollouts import Prompt
 
 _STYLE = """
@@ -82,12 +82,10 @@ def draw_completion(one: Completed) -> Image.Image | None:
     try:
         solution = read_solution(prompt.example.solution)
     except ValueError:  # of a kind that only a reward of the user's own reads
-        true_boxes, index = (), len(prompt.pictures) - 1
-    else:
-        true_boxes = solution.boxes or ()
-        index = len(prompt.pictures) - 1 if solution.image_index is None else solution.image_index
+        solution = Solution()
+    index = len(prompt.pictures) - 1 if solution.image_index is None else solution.image_index
     parsed = prompt.reader.shapes(answer_of(one.text), index)
-    shapes: list[Shape] = [replace(box, label="truth") for box in true_boxes]
+    shapes: list[Shape] = [replace(box, label="truth") for box in solution.boxes or ()]
     shapes += [replace(shape, label="answer") for shape in parsed.shapes]
     return draw_shapes(prompt.pictures[index], shapes, min_side=MIN_SIDE, colours=COLOURS)
 

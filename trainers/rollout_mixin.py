@@ -42,6 +42,7 @@ from trainers.rollouts import (
 )
 
 logger = logging.getLogger(__name__)
+SCORES = ("log_probs", "entropy", "values")
 # As after stage 3: the tower stays, so that each picture is encoded once per step.
 TRAINED = TrainedParts(("adapter", "language_model", "embeddings"))
 
@@ -119,6 +120,8 @@ class RolloutMixin(Trainer):
             self.generation_config.update(**own)
             self.generation_kwargs.update(own)
         self.watch = RolloutWatch()
+        self.layout = layout
+        self._scored: dict[str, Tensor] = {}
         self._prompts: list[Prompt] = []  # of the rows that are being generated or scored
         self._rewards: Tensor = torch.empty(0)
         self._shown: list[Completed] = []
@@ -156,10 +159,26 @@ class RolloutMixin(Trainer):
         self._prompts = [prompt for prompt in prompts for _ in range(size)]
         progress = self.state.global_step / max(1, self.state.max_steps)
         self.reward_weights = torch.tensor([term.weight_at(progress) for term in self.reward_terms])
-        output = super()._generate_and_score_completions(_columns(self._prompts))
+        output = self._finish(super()._generate_and_score_completions(_columns(self._prompts)))
         output["prompts"] = self._prompts
         self._look_at(output)
         return output
+
+    def _finish(self, output: dict[str, Any]) -> dict[str, Any]:
+        """For subclasses: what else becomes of a batch of scored completions before it is split."""
+        return output
+
+    @property
+    def _rows_per_pass(self) -> int:
+        args = self.args
+        return args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
+
+    def _local_scores(self) -> Tensor:
+        """(N,) weighted sums of this process's rewards; NaN where no function applies."""
+        first = self.accelerator.process_index * len(self._prompts)
+        rewards = self._rewards[first : first + len(self._prompts)]
+        scores = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        return scores.masked_fill(rewards.isnan().all(dim=1), torch.nan)
 
     @property
     def _group_size(self) -> int:
@@ -208,12 +227,18 @@ class RolloutMixin(Trainer):
         **_: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
         assert not compute_aux_loss, "no family of trainers/families.py has experts to balance"
+        self._scored = self._score(model, input_ids, attention_mask, logits_to_keep, batch_size or len(input_ids))
+        return self._scored["log_probs"], self._scored["entropy"] if compute_entropy else None, None
+
+    def _score(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, rows_per_pass: int
+    ) -> dict[str, Tensor]:
+        """What the model's completion head computes, by name, (N, logits_to_keep) each; rows are `self._prompts`'."""
         labels = input_ids.masked_fill(attention_mask == 0, -100)
         labels[:, :-logits_to_keep] = -100
-        size = batch_size or len(input_ids)
-        logps, entropies = [], []
-        for start in range(0, len(input_ids), size):
-            rows = slice(start, start + size)
+        outputs = []
+        for start in range(0, len(input_ids), rows_per_pass):
+            rows = slice(start, start + rows_per_pass)
             with self.accelerator.autocast():
                 output = model(
                     input_ids=input_ids[rows],
@@ -222,22 +247,21 @@ class RolloutMixin(Trainer):
                     fused_lm_head=True,
                     **scoring_fields(self._prompts[rows], input_ids.device),
                 )
-            logps.append(output.log_probs[:, -logits_to_keep:])
-            if compute_entropy:
-                entropies.append(output.entropy[:, -logits_to_keep:])
-        return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
+            # Made by the head: what it was not asked for is absent.
+            outputs.append({name: output[name] for name in SCORES if name in output})
+        return {name: torch.cat([part[name][:, -logits_to_keep:] for part in outputs]) for name in outputs[0]}
 
     # --- Seeing it ---
 
     def _look_at(self, output: dict[str, Any]) -> None:
-        first = self.accelerator.process_index * len(self._prompts)
-        rewards = self._rewards[first : first + len(self._prompts)]
-        weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1).view(-1, self._group_size)
+        scores = self._local_scores().nan_to_num().view(-1, self._group_size)
         lengths = output["completion_mask"].sum(dim=1)
         if self.model.training:
-            for message in self.watch.observe(weighted.tolist(), float(lengths.float().mean())):
+            for message in self.watch.observe(scores.tolist(), float(lengths.float().mean())):
                 logger.warning("Step %d: %s", self.state.global_step + 1, message)
         if self.log_completions:
+            first = self.accelerator.process_index * len(self._prompts)
+            rewards = self._rewards[first : first + len(self._prompts)]
             texts = [m[0]["content"] for m in self._as_messages(output["completion_ids"].tolist())]
             advantages = output["advantages"]
             if advantages.ndim == 2:  # PPO's, per token
