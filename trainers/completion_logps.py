@@ -9,6 +9,7 @@ Shapes: N completions in rows of L tokens, G prompts ("groups"), S scored tokens
 """
 
 from dataclasses import dataclass
+from functools import wraps
 from types import MethodType
 from typing import Any
 
@@ -17,9 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from modeling_qwenvl.text_qwenvl import QwenVLTextModel
+from modeling_qwenvl.configuration_qwenvl import QwenVLTextConfig
 from processing.chat_spans import IGNORE
+from trainers.completion_head import token_scores
 from trainers.completion_layout import Layout, LayoutName, rows_layout, tree_layout
+from trainers.picture_memory import PictureMemory
 from trainers.shared_pictures import PICTURE_KEYS, encode, spread
 
 MASKS = {"sdpa", "eager"}
@@ -30,11 +33,18 @@ def add_completion_head(
     layout: LayoutName = "tree",
     temperature: float = 1.0,
     outputs: tuple[str, ...] = ("log_probs",),
+    memory: PictureMemory | None = None,
 ) -> None:
     """Teaches `model` to score completions: `model(**batch, fused_lm_head=True)` with a `group_of_row` in the batch.
 
-    Other calls go on to the forward that the model had. `outputs`: which fields of TRL's `FusedCausalLMOutput` are
-    computed, among "log_probs", "entropy" (both with gradient), "log_sum_sq_probs", "mean_logits" and "is_top1".
+    Other calls go on to the forward that the model had.
+
+    Args:
+        model: without its wrappers (`trainers.families.unwrap`), so that all of them see one forward.
+        layout: "tree" computes a prompt once, "rows" once per completion (trainers/completion_layout.py).
+        temperature: what the logits are divided by.
+        outputs: which fields of TRL's `FusedCausalLMOutput` are computed (trainers/completion_head.py).
+        memory: shares encoded pictures with other models and passes.
 
     The batch:
         input_ids, attention_mask: (N, L) long; each row a prompt and one completion, padded left or right.
@@ -54,9 +64,11 @@ def add_completion_head(
         >>> model(**batch, fused_lm_head=True).log_probs.shape  # two completions of up to 60 tokens
         torch.Size([2, 357])
     """
-    settings = _Settings(layout, temperature, outputs)
+    settings = _Settings(layout, temperature, outputs, memory)
     original = model.forward
 
+    # With the model's signature, against which `generate` checks its arguments.
+    @wraps(type(model).forward)
     def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if fused_lm_head and "group_of_row" in kwargs:
             return _score(self, settings, **kwargs)
@@ -66,11 +78,19 @@ def add_completion_head(
     model.forward = MethodType(forward, model)
 
 
+@dataclass
+class ScoredCompletions(FusedCausalLMOutput):
+    """TRL's result, and with "values" among the outputs what `model.value_head` says of the state before each token."""
+
+    values: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class _Settings:
     layout: LayoutName
     temperature: float
     outputs: tuple[str, ...]
+    memory: PictureMemory | None
 
 
 def _score(
@@ -83,7 +103,7 @@ def _score(
     group_of_row: Tensor,
     num_pictures: Tensor,
     **rest: Any,
-) -> FusedCausalLMOutput:
+) -> ScoredCompletions:
     if "pixel_values_videos" in rest:
         raise ValueError("Videos cannot be shared by completions yet: give their frames as pictures.")
     inner = model.base_model
@@ -101,7 +121,8 @@ def _score(
         laid = rows_layout(attention_mask, labels)
         shown = of_rows
         inputs["attention_mask"] = attention_mask
-    encoded = encode(inner, pictures)
+    memory = settings.memory
+    encoded = encode(inner, pictures) if memory is None else memory.encode(model, pictures)
     if encoded is not None:
         inputs["mm_encoder_outputs"] = {"image": spread(encoded, shown)}
     hidden_RTE = inner(
@@ -140,13 +161,15 @@ def _dense_mask(model: PreTrainedModel, layout: Layout) -> Tensor:
             "attn_implementation='sdpa', or choose the layout 'rows'."
         )
     length = layout.branch_RT.shape[1]
-    if not model.training and any(isinstance(module, QwenVLTextModel) for module in model.modules()):
-        if (text_config.use_dynamic_ntk or text_config.use_logn_attn) and length > text_config.seq_length:
-            raise ValueError(
-                f"A tree of {length} tokens is longer than seq_length = {text_config.seq_length}, where Qwen-VL "
-                "stretches its rotations and queries by the length of the row, which is not that of one completion: "
-                "choose the layout 'rows', or switch use_dynamic_ntk and use_logn_attn off."
-            )
+    stretches = isinstance(text_config, QwenVLTextConfig) and (
+        text_config.use_dynamic_ntk or text_config.use_logn_attn
+    )
+    if stretches and not model.training and length > text_config.seq_length:
+        raise ValueError(
+            f"A tree of {length} tokens is longer than seq_length = {text_config.seq_length}, where Qwen-VL, in "
+            "evaluation, stretches its rotations and queries by the length of the row, which is not that of one "
+            "completion: choose the layout 'rows', or switch use_dynamic_ntk and use_logn_attn off."
+        )
     if attention == "sdpa":
         return layout.block_mask
     return torch.where(layout.block_mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
@@ -154,28 +177,21 @@ def _dense_mask(model: PreTrainedModel, layout: Layout) -> Tensor:
 
 def _predictions(
     model: PreTrainedModel, settings: _Settings, hidden_RTE: Tensor, layout: Layout, labels: Tensor
-) -> FusedCausalLMOutput:
+) -> ScoredCompletions:
     is_scored = labels[:, 1:] != IGNORE
     tokens_S = labels[:, 1:][is_scored]
     T = hidden_RTE.shape[1]
     places_U, index_S = (layout.predicting_2S[0] * T + layout.predicting_2S[1]).unique(return_inverse=True)
     hidden_UE = hidden_RTE.flatten(0, 1)[places_U]
-    logits_UV = model.get_output_embeddings()(hidden_UE).float() / settings.temperature
-    logps_UV = logits_UV.log_softmax(-1)
-    values = {"log_probs": logps_UV[index_S, tokens_S]}
-    if "entropy" in settings.outputs:
-        values["entropy"] = -(logps_UV.exp() * logps_UV).sum(-1)[index_S]
-    with torch.no_grad():
-        if "log_sum_sq_probs" in settings.outputs:
-            values["log_sum_sq_probs"] = (2 * logps_UV).logsumexp(-1)[index_S]
-        if "mean_logits" in settings.outputs:
-            values["mean_logits"] = logits_UV.mean(-1)[index_S]
-        if "is_top1" in settings.outputs:
-            values["is_top1"] = logits_UV.argmax(-1)[index_S] == tokens_S
+    head = model.get_output_embeddings()
+    of_tokens = tuple(name for name in settings.outputs if name != "values")
+    values = token_scores(head, hidden_UE, index_S, tokens_S, settings.temperature, of_tokens)
+    if "values" in settings.outputs:
+        values["values"] = model.value_head(hidden_UE.float())[index_S, 0]
     # masked_scatter keeps the graph also where nothing is scored.
     per_token = {
         name: torch.zeros(is_scored.shape, dtype=value.dtype, device=value.device).masked_scatter(is_scored, value)
         for name, value in values.items()
     }
     loss = -per_token["log_probs"].sum() / is_scored.sum().clamp(min=1)
-    return FusedCausalLMOutput(loss=loss, label_mask=is_scored, **per_token)
+    return ScoredCompletions(loss=loss, label_mask=is_scored, **per_token)

@@ -13,7 +13,7 @@ fingerprint covers the tower's weights and configuration, so another tower is an
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ class FeatureCache:
                 "): leave feature_cache_dir out, or freeze the tower."
             )
         self.blocks = parts.blocks
-        self.kept = _blocks_that_are_read(parts)
+        self.kept = blocks_that_are_read(parts)
         self.folder = Path(cache_dir) / _fingerprint(parts)
         self.hits = 0
         self.misses = 0
@@ -68,11 +68,13 @@ class FeatureCache:
         self.misses += len(missing)
         self.hits += len(paths) - len(missing)
         if missing:
-            with self._recording() as outputs:
+            with recording(self.blocks, self.kept) as outputs:
                 yield
             self._store(paths, outputs, batch.get("image_grid_thw"))
         else:
-            with self._replaying([_load(path) for path in paths], is_flat=pixels.ndim == 2):
+            loaded = [_load(path) for path in paths]
+            join = torch.cat if pixels.ndim == 2 else torch.stack
+            with replaying(self.blocks, {index: join([picture[index] for picture in loaded]) for index in self.kept}):
                 yield
 
     def _path(self, picture: Tensor) -> Path:
@@ -80,25 +82,6 @@ class FeatureCache:
         digest.update(_bytes(picture))
         key = digest.hexdigest()
         return self.folder / key[:2] / f"{key}.safetensors"
-
-    @contextmanager
-    def _recording(self) -> Iterator[Features]:
-        """Collects the kept blocks' outputs of one forward pass."""
-        outputs: Features = {}
-
-        def keep(index: int) -> Callable[[nn.Module, Any, Any], None]:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                if index in outputs:
-                    raise ValueError("The tower ran twice on one batch: the feature cache cannot tell the runs apart.")
-                outputs[index] = (output[0] if isinstance(output, tuple) else output).detach()
-
-            return hook
-
-        with ExitStack() as hooks:
-            for index in self.kept:
-                handle = self.blocks[index].register_forward_hook(keep(index))
-                hooks.callback(handle.remove)
-            yield outputs
 
     def _store(self, paths: Sequence[Path], outputs: Features, grid: Tensor | None) -> None:
         per_block = {index: _split(output, grid) for index, output in outputs.items()}
@@ -112,28 +95,46 @@ class FeatureCache:
             save_file(tensors, unfinished)
             unfinished.replace(path)
 
-    @contextmanager
-    def _replaying(self, pictures: Sequence[Features], is_flat: bool) -> Iterator[None]:
-        """Blocks give what was kept; those whose output nobody reads pass their input on."""
-        join = torch.cat if is_flat else torch.stack
 
-        def replay(index: int) -> Callable[..., Tensor]:
-            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-                if index not in self.kept:
-                    return hidden_states
-                return join([picture[index] for picture in pictures]).to(hidden_states.device)
+@contextmanager
+def recording(blocks: nn.ModuleList, kept: Collection[int]) -> Iterator[Features]:
+    """Inside, one forward pass of the tower puts the outputs of the `kept` blocks, detached, into the dictionary."""
+    outputs: Features = {}
 
-            return forward
+    def keep(index: int) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if index in outputs:
+                raise ValueError("The tower ran twice on one batch: the feature cache cannot tell the runs apart.")
+            outputs[index] = (output[0] if isinstance(output, tuple) else output).detach()
 
-        with ExitStack() as overrides:
-            for index, block in enumerate(self.blocks):
-                # On the instance, so that hooks around the block still fire, and only until the end of this step.
-                block.forward = replay(index)
-                overrides.callback(delattr, block, "forward")
-            yield
+        return hook
+
+    with ExitStack() as hooks:
+        for index in kept:
+            handle = blocks[index].register_forward_hook(keep(index))
+            hooks.callback(handle.remove)
+        yield outputs
 
 
-def _blocks_that_are_read(parts: ModelParts) -> frozenset[int]:
+@contextmanager
+def replaying(blocks: nn.ModuleList, outputs: Features) -> Iterator[None]:
+    """Inside, blocks give what was recorded; those whose output nobody reads pass their input on."""
+
+    def replay(index: int) -> Callable[..., Tensor]:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return outputs[index].to(hidden_states.device) if index in outputs else hidden_states
+
+        return forward
+
+    with ExitStack() as overrides:
+        for index, block in enumerate(blocks):
+            # On the instance, so that hooks around the block still fire, and only until the end of this step.
+            block.forward = replay(index)
+            overrides.callback(delattr, block, "forward")
+        yield
+
+
+def blocks_that_are_read(parts: ModelParts) -> frozenset[int]:
     """Indices of the blocks whose output somebody reads."""
     num_blocks = len(parts.blocks)
     config = parts.base.config.to_dict()

@@ -1,7 +1,7 @@
 """Each picture is encoded once per model call, however many rows show it.
 
-`encode` runs tower and adapter on the pictures as they come, each one once; `spread` hands the result to every row that
-shows a picture. Both are called inside the model's forward, where DDP and FSDP have their parameters at hand.
+`encode` runs tower and adapter on the pictures as they come, each one once; `spread` hands the result to every row
+that shows a picture. Both are called inside the model's forward, where DDP and FSDP have their parameters at hand.
 """
 
 import inspect

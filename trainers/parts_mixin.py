@@ -1,0 +1,72 @@
+"""PartsMixin: in front of TRL's trainers, the parts of the model train or stay frozen as in the stage trainers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import Trainer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.trainer_utils import TrainOutput
+
+from trainers.families import PARTS
+from trainers.freezing import Freeze, TrainedParts, freeze
+from trainers.optimizer import LearningRates, keep_embeddings_in_32_bits, parameter_groups
+from trainers.stages import SFT
+
+
+def freeze_for_preferences(model: nn.Module, trained: TrainedParts | None, is_peft: bool) -> Freeze:
+    """Freezes `model` as `trained` says. Without it: of a PeftModel trains what PEFT made trainable, of a bare model
+    what trains in SFT (all but the tower)."""
+    return freeze(model, trained or TrainedParts(PARTS if is_peft else SFT.parts))
+
+
+class PartsMixin(Trainer):
+    """Put before a trainer that sets `freeze` (and `learning_rates`, if parts have their own) in its __init__.
+
+    Prints what trains; a frozen tower runs without a graph; frozen modules stay in evaluation mode; weight decay and
+    learning rates go by part (trainers/optimizer.py).
+    """
+
+    freeze: Freeze
+    learning_rates: LearningRates | None = None
+    optimizer: torch.optim.Optimizer | None
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> TrainOutput:
+        if self.is_world_process_zero():
+            Console().print(self.freeze.table("what trains"))
+        with self.freeze.tower_without_graph():
+            return super().train(resume_from_checkpoint, **kwargs)
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if model.training:
+            self.freeze.set_modes()
+        return super().compute_loss(model, *args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            if not isinstance(optimizer_class, type) or {"params", "model", "optimizer_dict"} & set(settings):
+                raise ValueError(f"optim={self.args.optim} makes its own parameter groups: choose a plain optimizer.")
+            rates = self.learning_rates or LearningRates(self.args.learning_rate, tower_layer_decay=1.0)
+            self.optimizer = optimizer_class(parameter_groups(model, rates, self.args.weight_decay), **settings)
+            if optimizer_class.__module__.startswith("bitsandbytes"):
+                keep_embeddings_in_32_bits(model)
+        return self.optimizer
+
+
+@contextmanager
+def checkpointing_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards, the same layers recompute their activations as before: TRL switches them all off for the reference,
+    and all on again, whichever were on."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    were_on = [layer.gradient_checkpointing for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, was_on in zip(layers, were_on, strict=True):
+            layer.gradient_checkpointing = was_on
