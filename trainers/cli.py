@@ -2,7 +2,7 @@
 
 import typer
 
-from . import cli_chat, cli_data, cli_inspect, cli_train
+from . import cli_chat, cli_convert, cli_data, cli_inspect, cli_train
 
 app = typer.Typer(
     name="qwenvl",
@@ -21,3 +21,4 @@ app.command("chat")(cli_chat.chat)
 app.command("train")(cli_train.train)
 app.command("estimate")(cli_train.estimate)
 app.command("merge")(cli_train.merge)
+app.command("convert")(cli_convert.convert)
