@@ -38,7 +38,9 @@ class DPOArguments(DPOConfig):
         default=None,
         metadata={"help": "Longest prompt with its longer answer, in tokens; pictures shrink, else it is refused."},
     )
+    # Other defaults than TRL's: a collator needs the rows; and the cache has its own name here.
     remove_unused_columns: bool = field(default=False)
+    precompute_ref_log_probs: bool = field(default=False)
 
     def __post_init__(self) -> None:
         if self.precompute_ref_log_probs:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from rich.console import Console
 from torch import nn
 from transformers import Trainer
@@ -21,6 +22,11 @@ from trainers.stages import SFT
 def freeze_for_preferences(model: nn.Module, trained: TrainedParts | None, is_peft: bool) -> Freeze:
     """Freezes `model` as `trained` says. Without it: of a PeftModel trains what PEFT made trainable, of a bare model
     what trains in SFT (all but the tower)."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # On some CPUs a layer in evaluation mode is packed for inference, for good and with rounded scales, and
+            # lets no gradient through any more: one pass of the reference would end the training.
+            module.support_avx512bf16_for_cpu = False
     return freeze(model, trained or TrainedParts(PARTS if is_peft else SFT.parts))
 
 
