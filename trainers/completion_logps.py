@@ -80,7 +80,7 @@ def add_completion_head(
 
 @dataclass
 class ScoredCompletions(FusedCausalLMOutput):
-    """TRL's result, and with "values" among the outputs what `model.value_head` says of the state before each token."""
+    """TRL's result, and with "values" among the outputs what `model.value_head` says of the states before tokens."""
 
     values: Tensor | None = None
 
