@@ -1,4 +1,4 @@
-"""`qwenvl chat`: questions about pictures, answered in the terminal; boxes in pixels, drawn to a file on request."""
+"""`qwenvl chat`: questions about pictures and videos, answered in the terminal; boxes in pixels, drawn on request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import typer
 
 def chat(
     model: Annotated[str, typer.Option(help="Folder of a model and its processor, or their name on the Hub.")],
-    image: Annotated[list[str], typer.Option(help="Picture: a file or a URL. Repeat the option for several.")],
+    image: Annotated[
+        list[str] | None, typer.Option(help="Picture: a file or a URL. Repeat the option for several.")
+    ] = None,
+    video: Annotated[list[str] | None, typer.Option(help="Video: a file or a URL. Comes after the pictures.")] = None,
     question: Annotated[
         list[str] | None,
         typer.Option(help="Ask this and end. Repeat it for several turns; without it, you are asked."),
@@ -23,19 +26,23 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     network: Annotated[bool, typer.Option(help="Allow pictures that must be fetched from the network.")] = False,
 ) -> None:
-    """Ask a model about one or several pictures; later questions may refer to earlier answers. Exit 2 if refused."""
+    """Ask a model about pictures and videos; later questions may refer to earlier answers. Exit 2 if refused."""
     from rich.console import Console
     from rich.markup import escape
 
     from processing.drawing import draw_shapes
     from processing.pictures import PictureLimits, load_picture
+    from processing.videos import open_clip
     from trainers.conversation import Conversation
 
     console = Console()
     try:
         limits = PictureLimits(allow_network=network)
-        pictures = [load_picture(source, limits) for source in image]
-        conversation = Conversation.load(model, pictures, max_new_tokens)
+        if not image and not video:
+            raise ValueError("nothing to ask about: give --image or --video")
+        pictures = [load_picture(source, limits) for source in image or ()]
+        videos = [open_clip({"type": "video", "video": source}, limits).part for source in video or ()]
+        conversation = Conversation.load(model, pictures, max_new_tokens, videos)
     except (ValueError, OSError) as error:
         console.print(f"[red]{type(error).__name__}[/red]: {escape(str(error))}")
         raise typer.Exit(2) from error

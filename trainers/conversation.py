@@ -1,9 +1,10 @@
-"""Conversation: a model, its processor and some pictures; questions in, answers with boxes in original pixels out."""
+"""Conversation: a model, its processor, pictures, videos; questions in, answers with boxes in original pixels out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -16,7 +17,9 @@ from processing.processing_families import load_processor
 
 
 class Conversation:
-    """Turns about the same pictures, which stand before the first question. Answers are greedy.
+    """Turns about the same pictures and videos, which stand before the first question. Answers are greedy.
+
+    A video is a path, or a video part with options (processing/parts.py).
 
     Works for every family that `processing.processing_families.load_processor` knows.
 
@@ -27,14 +30,26 @@ class Conversation:
     """
 
     def __init__(
-        self, model: PreTrainedModel, processor: Any, pictures: Sequence[Image.Image], max_new_tokens: int = 512
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        pictures: Sequence[Image.Image],
+        max_new_tokens: int = 512,
+        videos: Sequence[str | dict[str, Any]] = (),
     ):
         self.model, self.processor, self.pictures = model, processor, list(pictures)
+        self.videos = [{"type": "video", "video": video} if isinstance(video, str) else video for video in videos]
         self.max_new_tokens = max_new_tokens
         self.messages: list[dict[str, Any]] = []
 
     @classmethod
-    def load(cls, path: str, pictures: Sequence[Image.Image], max_new_tokens: int = 512) -> Self:
+    def load(
+        cls,
+        path: str | Path,
+        pictures: Sequence[Image.Image],
+        max_new_tokens: int = 512,
+        videos: Sequence[str | dict[str, Any]] = (),
+    ) -> Self:
         """With the model from a folder or the Hub, on the GPU if there is one.
 
         Raises ValueError or OSError if no model and processor of the family are there.
@@ -42,14 +57,14 @@ class Conversation:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         processor = load_processor(path)
         model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto").to(device).eval()
-        return cls(model, processor, pictures, max_new_tokens)
+        return cls(model, processor, pictures, max_new_tokens, videos)
 
     @torch.inference_mode()
     def ask(self, question: str) -> ParsedAnswer:
         """The answer to `question`; both become part of the conversation."""
         content: list[dict[str, Any]] = [{"type": "text", "text": question}]
         if not self.messages:
-            content = [{"type": "image", "image": picture} for picture in self.pictures] + content
+            content = [{"type": "image", "image": picture} for picture in self.pictures] + self.videos + content
         self.messages.append({"role": "user", "content": content})
         inputs = self.processor.apply_chat_template(
             self.messages,

