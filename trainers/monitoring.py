@@ -70,7 +70,8 @@ class StepMonitor:
         labels, mask = batch["labels"], batch.get("attention_mask")
         self._num_slots += labels.numel()
         # Sums stay on the device until somebody asks.
-        self._num_tokens = self._num_tokens + (labels.numel() if mask is None else mask.sum())
+        # A mask (B, 1, T, T) says who sees whom, and not what is padding.
+        self._num_tokens = self._num_tokens + (labels.numel() if mask is None or mask.ndim == 4 else mask.sum())
         self._num_supervised = self._num_supervised + (labels != IGNORE).sum()
         pixels, grid = batch.get("pixel_values"), batch.get("image_grid_thw")
         if grid is not None:

@@ -4,6 +4,7 @@ import json
 import logging
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
 from importlib.metadata import version
@@ -45,11 +46,14 @@ def main(
     ] = 1,
 ) -> None:
     """Teach a small Qwen-VL to read handwritten digits, from nothing, and report what it learned."""
-    run_demo(output, RECIPES[recipe], minutes, seeds)
+    run_demo(output, RECIPES[recipe], minutes, range(seeds))
 
 
-def run_demo(output: Path, recipe: Recipe, minutes: float | None = None, seeds: int = 1) -> list[Taught]:
-    """`main` for Python: teaches `seeds` models, writes report.html, results.json, model/ and samples/ to `output`."""
+def run_demo(output: Path, recipe: Recipe, minutes: float | None = None, seeds: Sequence[int] = (0,)) -> list[Taught]:
+    """`main` for Python: teaches a model per seed; report.html, results.json, model/ and samples/ go to `output`.
+
+    Models after the first go to `output`/seed_1/model and so on.
+    """
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     console = Console()
@@ -58,8 +62,8 @@ def run_demo(output: Path, recipe: Recipe, minutes: float | None = None, seeds: 
     output.mkdir(parents=True, exist_ok=True)
     taught = []
     with make_progress(console) as progress:
-        for seed in range(seeds):
-            folder = output if seed == 0 else output / f"seed_{seed}"
+        for seed in seeds:
+            folder = output if seed == seeds[0] else output / f"seed_{seed}"
             deadline = perf_counter() + 60 * recipe.limit_minutes
             taught.append(Lesson(recipe, seed, folder, progress, deadline).teach())
     first = taught[0]

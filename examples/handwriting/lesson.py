@@ -18,7 +18,7 @@ from examples.handwriting.results import BLIND, Run, StageRun
 from examples.handwriting.scenes import Scene, make_scenes
 from examples.handwriting.scoring import TASKS, Score, ask, commonest_answer, questions, score
 from examples.handwriting.stage0 import train_tower
-from examples.handwriting.training import rows, rows_without_pictures, run_stage, texts_of_all_tasks
+from examples.handwriting.training import run_stage, texts_of_all_tasks, trees, without_picture
 from modeling_qwenvl import parameter_counts
 from processing.special_tokens import GROUNDING_TOKENS
 from processing.supervision import Supervision
@@ -140,7 +140,8 @@ class Lesson:
                 planned=recipe.tower_steps,
                 steps=recipe.tower_steps,
                 batch_size=recipe.tower_batch_size,
-                rows=len(pictures),
+                branches=1,
+                trees=len(pictures),
                 tokens=0,
                 seconds=watch.seconds,
                 losses=watch.losses,
@@ -170,28 +171,31 @@ class Lesson:
         recipe = self.in_time(planned)
         with timed(self.seconds, "texts to ids"):
             seed = 1000 * self.seed + len(self.stages)
+            made = trees(self.scenes, recipe.mixture, recipe.trees, recipe.branches, seed)
+            supervise = Supervision(self.processor)
             if name == TEXT_STAGE:
-                made = rows_without_pictures(self.scenes, recipe.mixture, recipe.rows, seed, self.processor)
+                made = ([without_picture(example, self.processor) for example in tree] for tree in made)
                 supervise = Supervision(self.processor, special_in_text=GROUNDING_TOKENS)
-            else:
-                made = rows(self.scenes, recipe.mixture, recipe.rows, seed)
-                supervise = Supervision(self.processor)
-            encoded = list(supervise.stream(made))
+            encoded = [list(supervise.stream(tree)) for tree in made]
         watch = Watch(self.progress, f"{name}: {learned_from}", recipe.steps)
         before = _weights(self.model)
+        learns = (trained or trainer_class.stage).parts
         self.progress.console.rule(name)
         run_stage(trainer_class, self.model, self.processor, encoded, recipe, self.seed, self.output, watch, trained)
         self.seconds[name] = watch.seconds
+        unchanged = _unchanged(before, _weights(self.model))
+        assert set(unchanged) == set(PARTS) - set(learns), f"{name} trains {learns}, and left {unchanged} as they were"
         self.stages.append(
             StageRun(
                 name=name,
                 trained=trained_words,
-                unchanged=_unchanged(before, _weights(self.model)),
+                unchanged=unchanged,
                 learned_from=learned_from,
                 planned=planned.steps,
                 steps=recipe.steps,
                 batch_size=recipe.batch_size,
-                rows=len(encoded),
+                branches=recipe.branches,
+                trees=len(encoded),
                 tokens=watch.num_tokens,
                 seconds=watch.seconds,
                 losses=watch.losses,

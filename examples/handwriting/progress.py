@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from processing.collators import PaddedCollator
-from processing.encoded_example import EncodedExample
+from examples.handwriting.trees import Tree, TreeCollator
 
 
 def make_progress(console: Console) -> Progress:
@@ -47,14 +46,14 @@ class Watch:
 
 
 class CountingCollator:
-    """`PaddedCollator` that tells a watch how many tokens pass, padding left out."""
+    """`TreeCollator` that tells a watch how many tokens pass, padding left out."""
 
-    def __init__(self, collate: PaddedCollator, watch: Watch):
+    def __init__(self, collate: TreeCollator, watch: Watch):
         self.collate, self.watch = collate, watch
 
-    def __call__(self, examples: Sequence[EncodedExample]) -> dict[str, Any]:
-        self.watch.num_tokens += sum(example.length for example in examples)
-        return self.collate(examples)
+    def __call__(self, trees: Sequence[Tree]) -> dict[str, Any]:
+        self.watch.num_tokens += sum(self.collate.num_tokens(tree) for tree in trees)
+        return self.collate(trees)
 
 
 class StageProgress(TrainerCallback):

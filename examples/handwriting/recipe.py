@@ -10,14 +10,17 @@ from dataclasses import dataclass, replace
 class StageRecipe:
     """One stage of training.
 
-    mixture: task -> its share of the rows. Rows are made once and learned from again until `steps` are done.
+    trees: how many pictures (in stage 3 also pairs of them) are asked about, each in `branches` conversations; they
+        are made once and learned from again until `steps` of `batch_size` trees are done.
+    mixture: task -> its share of the conversations.
     seconds: what the stage took on two quiet cores; the demo shortens the stages by it when the machine is slower.
     Rates are peaks of a cosine that ends at a fiftieth; `tower_rate` None: the tower is frozen.
     """
 
     steps: int
-    rows: int
+    trees: int
     batch_size: int
+    branches: int
     mixture: dict[str, float]
     rate: float
     seconds: float
@@ -52,6 +55,7 @@ SEVEN_TASKS = {
     "ocr": 1.0,
     "caption_with_grounding": 1.0,
 }
+CAPTIONS = {"caption": 1.0}
 CHAT = {"conversation": 2.0, "two pictures": 1.0}
 
 SHORT = Recipe(
@@ -61,11 +65,13 @@ SHORT = Recipe(
     tower_steps=1000,
     tower_batch_size=16,
     tower_rate=1.5e-3,
-    tower_seconds=87,
-    text=StageRecipe(100, 1600, 16, SEVEN_TASKS, rate=1e-3, seconds=4),
-    pretrain=StageRecipe(200, 3200, 16, {"caption": 1.0}, rate=1e-3, adapter_rate=1e-3, tower_rate=1e-4, seconds=17),
-    multitask=StageRecipe(1700, 12000, 16, SEVEN_TASKS, rate=1e-3, adapter_rate=1e-3, tower_rate=1e-4, seconds=210),
-    sft=StageRecipe(500, 4000, 16, CHAT, rate=5e-4, adapter_rate=5e-4, seconds=86),
+    tower_seconds=70,
+    text=StageRecipe(60, 400, 4, 4, SEVEN_TASKS, rate=1e-3, seconds=3),
+    pretrain=StageRecipe(
+        150, 2400, 16, 1, {"caption": 1.0}, rate=1e-3, adapter_rate=1e-3, tower_rate=1e-4, seconds=13
+    ),
+    multitask=StageRecipe(1400, 6000, 8, 6, SEVEN_TASKS, rate=1e-3, adapter_rate=1e-3, tower_rate=1e-4, seconds=290),
+    sft=StageRecipe(400, 2400, 8, 2, CHAT, rate=5e-4, adapter_rate=5e-4, seconds=70),
     limit_minutes=9.0,
 )
 

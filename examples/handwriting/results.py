@@ -10,8 +10,9 @@ from examples.handwriting.scoring import Score
 class StageRun:
     """One part of the training as it happened.
 
-    planned: steps of the recipe; `steps` are fewer on a slow machine. unchanged: parts of
-    the model that are equal, bit for bit, before and after. rows: different rows; `seen`: with repetitions.
+    planned: steps of the recipe; `steps` are fewer on a slow machine. unchanged: parts of the model that are equal,
+    bit for bit, before and after. A step takes `batch_size` trees of `branches` conversations, from `trees` different
+    ones. `seen`: conversations, with repetitions.
     """
 
     name: str
@@ -21,14 +22,19 @@ class StageRun:
     planned: int
     steps: int
     batch_size: int
-    rows: int
+    branches: int
+    trees: int
     tokens: int
     seconds: float
     losses: list[tuple[int, float]] = field(repr=False)
 
     @property
     def seen(self) -> int:
-        return self.steps * self.batch_size
+        return self.steps * self.batch_size * self.branches
+
+    @property
+    def different(self) -> int:
+        return self.trees * self.branches
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from modeling_qwenvl import QwenVLVisionModel
 
 NOTHING = 10  # the digit of a patch without one
 PAPER = len(COLOURS)  # the colour of a patch without a digit
-BINS = 16  # an edge of a box is told as one of so many columns or rows
-NO_EDGE = BINS
+NO_EDGE = SIZE + 1  # an edge of a box is told as its column or row, 0 to SIZE
 COLOUR_SOFTNESS = 0.5  # colours are easily told apart: their directions must be twice as strong for the same certainty
 
 
@@ -51,7 +50,7 @@ def patch_targets(scenes: list[Scene], patch: int) -> PatchTargets:
             inside = np.ix_((y1 <= middles) & (middles < y2), (x1 <= middles) & (middles < x2))
             digit[index][inside] = mark.value
             colour[index][inside] = list(COLOURS).index(mark.colour)
-            edges[index][inside] = np.minimum(np.array(mark.box) * BINS // SIZE, BINS - 1)
+            edges[index][inside] = mark.box
     flat = (len(scenes), grid * grid)
     return PatchTargets(
         torch.from_numpy(digit.reshape(flat)),
@@ -61,14 +60,14 @@ def patch_targets(scenes: list[Scene], patch: int) -> PatchTargets:
 
 
 class PatchHead(nn.Module):
-    """Logits of digit (10 and nothing), colour (4 and paper) and edges (4 times 16 and none) of each patch.
+    """Logits of digit (10 and nothing), colour (4 and paper) and edges (4 times SIZE + 1 and none) of each patch.
 
     The directions that are read have length 1, and a place is a direction and not an amount: what a patch shows must
     fill its vector, so that it survives the averages over patches that the resampler takes. With free weights, colours
     hid in a direction so faint that the language model hardly found it, and places as four amounts were blurred.
     """
 
-    SIZES = (NOTHING + 1, PAPER + 1, 4 * (BINS + 1))
+    SIZES = (NOTHING + 1, PAPER + 1, 4 * (NO_EDGE + 1))
 
     def __init__(self, width: int):
         super().__init__()
@@ -76,10 +75,10 @@ class PatchHead(nn.Module):
         self.directions = nn.Parameter(torch.randn(sum(self.SIZES), width))
 
     def forward(self, patches_BPC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Digit (B, P, 11), colour (B, P, 5), edges (B, P, 4, 17)."""
+        """Digit (B, P, 11), colour (B, P, 5), edges (B, P, 4, SIZE + 2)."""
         logits = functional.linear(self.norm(patches_BPC), functional.normalize(self.directions))
         digit, colour, edges = logits.split(self.SIZES, dim=-1)
-        return digit, colour, edges.unflatten(-1, (4, BINS + 1))
+        return digit, colour, edges.unflatten(-1, (4, NO_EDGE + 1))
 
 
 def patch_loss(logits: tuple[Tensor, Tensor, Tensor], targets: PatchTargets) -> Tensor:

@@ -1,4 +1,4 @@
-"""The stages: rows of the scenes, encoded once, and the package's stage trainers with the demo's numbers."""
+"""The stages: conversations about the scenes, in trees, encoded once; and the package's trainers with our numbers."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -11,12 +11,11 @@ from examples.handwriting.conversations import ASK, WEIGHTS, chat, plain, two_pi
 from examples.handwriting.progress import CountingCollator, StageProgress, Watch
 from examples.handwriting.recipe import StageRecipe
 from examples.handwriting.scenes import Scene
+from examples.handwriting.trees import Tree, TreeCollator
 from modeling_qwenvl import QwenVLForConditionalGeneration
 from processing import QwenVLProcessor
-from processing.collators import PaddedCollator
-from processing.encoded_example import EncodedExample
 from processing.example import Example
-from processing.sampling import LengthBatchSampler
+from processing.special_tokens import IMG_END
 from trainers.arguments import StageArguments
 from trainers.freezing import TrainedParts
 from trainers.stage_trainer import StageTrainer
@@ -24,21 +23,24 @@ from trainers.stage_trainer import StageTrainer
 TURNS = 3  # of a conversation about one picture
 
 
-def rows(scenes: Sequence[Scene], mixture: dict[str, float], count: int, seed: int) -> Iterator[Example]:
-    """`count` rows, each about the next scene (or two), of tasks drawn by their shares.
+def trees(
+    scenes: Sequence[Scene], mixture: dict[str, float], count: int, branches: int, seed: int
+) -> Iterator[list[Example]]:
+    """`count` trees, each of `branches` conversations about the next scene (or two), of tasks drawn by their shares.
 
-    A task is one of `conversations.plain`, "conversation" or "two pictures".
+    A task is one of `conversations.plain`; or, drawn for the whole tree, "conversation" or "two pictures".
     """
     rng = np.random.default_rng(seed)
     names, shares = list(mixture), np.array(list(mixture.values()))
-    for number, name in enumerate(rng.choice(names, size=count, p=shares / shares.sum())):
-        scene = scenes[number % len(scenes)]
-        if name == "two pictures":
-            yield two_pictures(scene, scenes[rng.integers(len(scenes))], rng, turns=TURNS)
-        elif name == "conversation":
-            yield chat(scene, rng, list(rng.choice(list(ASK), size=TURNS)))
+    for number in range(count):
+        scene, other = scenes[number % len(scenes)], scenes[int(rng.integers(len(scenes)))]
+        drawn = rng.choice(names, size=branches, p=shares / shares.sum())
+        if drawn[0] == "two pictures":
+            yield [two_pictures(scene, other, rng, turns=TURNS) for _ in drawn]
+        elif drawn[0] == "conversation":
+            yield [chat(scene, rng, list(rng.choice(list(ASK), size=TURNS))) for _ in drawn]
         else:
-            yield plain(scene, rng, name)
+            yield [plain(scene, rng, name) for name in drawn]
 
 
 def texts_of_all_tasks(scenes: Sequence[Scene]) -> Iterator[str]:
@@ -53,44 +55,33 @@ def texts_of_all_tasks(scenes: Sequence[Scene]) -> Iterator[str]:
         yield from ("system\nYou are a helpful assistant.", "user\n", "assistant\n", "Picture 1: ", "(123,456),(7,8)")
 
 
-def rows_without_pictures(
-    scenes: Sequence[Scene], mixture: dict[str, float], count: int, seed: int, processor: QwenVLProcessor
-) -> Iterator[Example]:
-    """As `rows`, of tasks about one picture, but the picture is missing: what can be said, not what is seen.
+def without_picture(example: Example, processor: QwenVLProcessor) -> Example:
+    """The same texts, but the picture is missing: what can be said, not what is seen.
 
     Places are written out, so that `Supervision` must be told to read the grounding tokens in the texts.
     """
-    for example in rows(scenes, mixture, count, seed):
-        sizes = [(picture.height, picture.width) for picture in example.pictures]
-        messages = [
-            {**message, "content": [part for part in message["content"] if part["type"] == "text"]}
-            for message in processor.render_conversation(example.messages, sizes)
-        ]
-        yield replace(example, messages=messages)
+    sizes = [(picture.height, picture.width) for picture in example.pictures]
+    messages = [
+        {**message, "content": [part for part in message["content"] if part["type"] == "text"]}
+        for message in processor.render_conversation(example.messages, sizes)
+    ]
+    return replace(example, messages=messages)
 
 
-def in_order(encoded: Sequence[EncodedExample], batch_size: int, steps: int, seed: int) -> list[EncodedExample]:
-    """The rows of `steps` batches, one batch after the other, each of rows of similar length: little is padding.
-
-    Rows differ in length by a factor of five, so that in random batches more than half would be padding.
-    """
-    if len(encoded) < batch_size:
-        raise ValueError(
-            f"{len(encoded)} rows do not fill a batch of {batch_size}: make more rows or smaller batches."
-        )
-    sampler = LengthBatchSampler([example.length for example in encoded], batch_size, seed=seed)
-    batches: list[list[int]] = []
-    while len(batches) < steps:
-        sampler.set_epoch(sampler.epoch + 1)
-        batches += [batch for batch in sampler if len(batch) == batch_size]
-    return [encoded[index] for batch in batches[:steps] for index in batch]
+def in_order(encoded: Sequence[Tree], count: int, seed: int) -> list[Tree]:
+    """`count` trees: all of them at random, then all again, until there are enough."""
+    rng = np.random.default_rng(seed)
+    order: list[int] = []
+    while len(order) < count:
+        order += rng.permutation(len(encoded)).tolist()
+    return [encoded[index] for index in order[:count]]
 
 
 def run_stage(
     trainer_class: type[StageTrainer],
     model: QwenVLForConditionalGeneration,
     processor: QwenVLProcessor,
-    encoded: Sequence[EncodedExample],
+    encoded: Sequence[Tree],
     recipe: StageRecipe,
     seed: int,
     output: Path,
@@ -98,6 +89,7 @@ def run_stage(
     trained: TrainedParts | None = None,
 ) -> None:
     """Trains `model` in place. `trained` overrides what the stage trains."""
+    picture_end = processor.tokenizer.convert_tokens_to_ids(IMG_END)
     arguments = StageArguments(
         output_dir=str(output),
         max_steps=recipe.steps,
@@ -123,8 +115,8 @@ def run_stage(
     trainer = trainer_class(
         model=model,
         args=arguments,
-        train_dataset=in_order(encoded, recipe.batch_size, recipe.steps, seed),
-        data_collator=CountingCollator(PaddedCollator(processor.tokenizer.pad_token_id), watch),
+        train_dataset=in_order(encoded, recipe.steps * recipe.batch_size, seed),
+        data_collator=CountingCollator(TreeCollator(picture_end, processor.tokenizer.pad_token_id), watch),
         processing_class=processor,
         callbacks=[StageProgress(watch)],
         trained=trained,

@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from examples.handwriting.demo import run_demo
 from examples.handwriting.digits import TEST_FORMS, digits_of
 from examples.handwriting.recipe import SHORT, StageRecipe
+from examples.handwriting.report import report
 from examples.handwriting.results import BLIND, MOMENTS
 from examples.handwriting.scoring import TASKS
 from processing.coordinates import Box
@@ -19,7 +20,7 @@ SCENES, HELD_OUT, STEPS = 23, 5, 2
 
 
 def _few(stage: StageRecipe) -> StageRecipe:
-    return replace(stage, steps=STEPS, rows=17, batch_size=3)
+    return replace(stage, steps=STEPS, trees=7, batch_size=3)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,21 @@ def test_the_report_needs_no_other_file_and_shows_scores_curve_and_pictures(done
     assert all(name.replace(">", "&gt;") in page for name in TASKS.values())
     score = taught.run.scores["stage 3"]["seeing"]
     assert f"<b>{score.mean:.2f}</b><small>{score.interval[0]:.2f} – {score.interval[1]:.2f}</small>" in page
+
+
+def test_of_several_seeds_the_report_shows_mean_lowest_and_highest_of_every_task_at_every_moment(done):
+    _, taught = done
+    better = {
+        moment: {task: replace(score, right=score.right + 2) for task, score in scores.items()}
+        for moment, scores in taught.run.scores.items()
+    }
+    page = report(
+        [taught.run, replace(taught.run, seed=1, scores=better)], taught.answers, {"processors": "x"}, "r", []
+    )
+    before = taught.run.scores["stage 1"]["seeing"].right
+    low, mean, high = (before / HELD_OUT, (before + 1) / HELD_OUT, (before + 2) / HELD_OUT)
+    assert "<h2>2 seeds</h2>" in page
+    assert f"<td><b>{mean:.2f}</b><small>{low:.2f} – {high:.2f}</small></td>" in page
 
 
 def test_results_are_kept_as_numbers_with_their_intervals(done):
