@@ -87,6 +87,21 @@ class QwenVLPPOTrainer(QwenVLGRPOTrainer):
         add_completion_head(base, self.layout, self.temperature, ("log_probs", "entropy", "values"))
         self.kl_control = KLControl(self.beta, self.args.kl_target, self.args.kl_horizon)
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            base = self.freeze.parts.base
+            # No part of the model, so that it has no line in the table of families.
+            head = base.value_head
+            del base.value_head
+            try:
+                optimizer = super().create_optimizer(model)
+            finally:
+                base.value_head = head
+            optimizer.add_param_group(
+                {"params": list(head.parameters()), "lr": self.args.learning_rate, "weight_decay": 0.0}
+            )
+        return self.optimizer
+
     # --- Advantages ---
 
     def _finish(self, output: dict[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_utils import TrainOutput
+from transformers import PreTrainedModel, TrainerCallback
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import split_tensor_dict
 
@@ -26,7 +25,9 @@ from trainers.completion_layout import LayoutName
 from trainers.completion_logps import add_completion_head
 from trainers.completions_page import Completed, completions_page
 from trainers.families import unwrap
-from trainers.freezing import TrainedParts, freeze
+from trainers.freezing import TrainedParts
+from trainers.optimizer import LearningRates
+from trainers.parts_mixin import PartsMixin, checkpointing_kept, freeze_for_preferences
 from trainers.rewards import RewardTerm, reads_solutions
 from trainers.rollout_watch import RolloutWatch
 from trainers.rollouts import (
@@ -36,19 +37,19 @@ from trainers.rollouts import (
     encode_prompt,
     forbidden_token_ids,
     generation_fields,
+    grouped,
     scoring_fields,
     stop_token_ids,
     text_before_stop,
 )
+from trainers.tower_memory import TowerMemory
 
 logger = logging.getLogger(__name__)
 SCORES = ("log_probs", "entropy", "values")
-# As after stage 3: the tower stays, so that each picture is encoded once per step.
-TRAINED = TrainedParts(("adapter", "language_model", "embeddings"))
 
 
-class RolloutMixin(Trainer):
-    """Put before CheckpointMixin and TRL's trainer.
+class RolloutMixin(PartsMixin):
+    """Put before CheckpointMixin and TRL's trainer. A frozen tower sees each picture once per batch of rollouts.
 
     Args:
         model: of a family in `trainers.families`, bare or wrapped by PEFT.
@@ -57,7 +58,8 @@ class RolloutMixin(Trainer):
             `num_generations`.
         train_dataset, eval_dataset: Examples of kind "reward".
         processing_class: the processor, from `load_processor`.
-        trained: what trains.
+        trained: what trains; the default is all but the tower, or whatever PEFT made trainable.
+        learning_rates: of parts with their own; `args.learning_rate` is then not read.
         layout: "tree" computes a prompt once for its completions (needs sdpa or eager attention), "rows" G times.
 
     Without PEFT the reference model of `beta` > 0 is a frozen copy of `model` as it is now; with PEFT it is the model
@@ -65,6 +67,8 @@ class RolloutMixin(Trainer):
 
     Raises ValueError (RowError by row) for rows, rewards and sizes that do not fit together.
     """
+
+    _buffered_inputs: list[dict[str, Any]] | None
 
     def __init__(
         self,
@@ -75,7 +79,8 @@ class RolloutMixin(Trainer):
         processing_class: Any,
         eval_dataset: Sequence[Example] | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        trained: TrainedParts = TRAINED,
+        trained: TrainedParts | None = None,
+        learning_rates: LearningRates | None = None,
         layout: LayoutName = "tree",
         limits: PictureLimits = ANYTHING,
     ) -> None:
@@ -86,7 +91,9 @@ class RolloutMixin(Trainer):
         check_rows([*train_dataset, *held_out], reads_solutions(self.reward_terms))
         _check_arguments(args)
         self.examples = [*train_dataset, *held_out]
-        self.freeze = freeze(model, trained)
+        is_peft = isinstance(model, PeftModel)
+        self.freeze = freeze_for_preferences(model, trained, is_peft)
+        self.learning_rates = learning_rates
         base = self.freeze.parts.base
         stops = base.generation_config.eos_token_id = stop_token_ids(base, processing_class.tokenizer)
         forbidden = forbidden_token_ids(base, processing_class)
@@ -94,9 +101,12 @@ class RolloutMixin(Trainer):
             args.generation_kwargs = {"logit_bias": dict.fromkeys(forbidden, -100.0), **(args.generation_kwargs or {})}
         # TRL would load the reference from the folder that the model came from, if it came from one.
         beta = args.beta
-        copies_reference = beta != 0 and not isinstance(model, PeftModel) and not args.sync_ref_model
+        copies_reference = beta != 0 and not is_peft and not args.sync_ref_model
         if copies_reference:
             args.beta = 0.0
+        # TRL rounds the weights of an adapter on a quantised model to bfloat16, and PEFT sets `requires_grad` again
+        # when TRL copies the adapter.
+        weights = {name: p.data for name, p in base.named_parameters() if p.requires_grad}
         super().__init__(
             model=model,
             reward_funcs=[term.reward_function() for term in self.reward_terms],
@@ -106,6 +116,10 @@ class RolloutMixin(Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(self.freeze.trains.get(name, False))
+            if parameter.requires_grad and parameter.dtype != weights[name].dtype:
+                parameter.data = weights[name].to(parameter.device)
         if copies_reference:
             args.beta = self.beta = beta
             self.ref_model = self._prepared_reference(base, layout)
@@ -119,17 +133,13 @@ class RolloutMixin(Trainer):
             own = {"eos_token_id": stops, "suppress_tokens": forbidden}
             self.generation_config.update(**own)
             self.generation_kwargs.update(own)
+        self.tower_memory = TowerMemory(self.freeze)
         self.watch = RolloutWatch()
         self.layout = layout
         self._scored: dict[str, Tensor] = {}
         self._prompts: list[Prompt] = []  # of the rows that are being generated or scored
         self._rewards: Tensor = torch.empty(0)
         self._shown: list[Completed] = []
-
-    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """As `CheckpointMixin.train`; a frozen tower runs without a graph meanwhile."""
-        with self.freeze.tower_without_graph():
-            return super().train(resume_from_checkpoint, **kwargs)
 
     def _prepared_reference(self, base: PreTrainedModel, layout: LayoutName) -> nn.Module:
         reference = deepcopy(base).requires_grad_(False).eval()
@@ -159,7 +169,8 @@ class RolloutMixin(Trainer):
         self._prompts = [prompt for prompt in prompts for _ in range(size)]
         progress = self.state.global_step / max(1, self.state.max_steps)
         self.reward_weights = torch.tensor([term.weight_at(progress) for term in self.reward_terms])
-        output = self._finish(super()._generate_and_score_completions(_columns(self._prompts)))
+        with checkpointing_kept(self.model):
+            output = self._finish(super()._generate_and_score_completions(_columns(self._prompts)))
         output["prompts"] = self._prompts
         self._look_at(output)
         return output
@@ -196,7 +207,9 @@ class RolloutMixin(Trainer):
         unique = self._prompts[:: self._group_size]
         self.generation_config.num_return_sequences = self._group_size
         fields = generation_fields(unique)
-        return super()._generate_single_turn([prompt.input_ids for prompt in unique], None, fields, *args, **kwargs)
+        ids = [prompt.input_ids for prompt in unique]
+        with self.tower_memory.around(self.freeze.parts.base, unique):
+            return super()._generate_single_turn(ids, None, fields, *args, **kwargs)
 
     def _as_messages(self, completion_ids: Sequence[Sequence[int]]) -> list[list[dict[str, str]]]:
         """Completions as rewards see them: with the tags of boxes, which TRL's decoding drops, and no end token."""
@@ -211,8 +224,6 @@ class RolloutMixin(Trainer):
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         self._prompts = inputs["prompts"]
-        if self.model.training:
-            self.freeze.set_modes()
         return super()._compute_loss(model, inputs)
 
     def _get_per_token_logps_and_entropies(
@@ -237,15 +248,17 @@ class RolloutMixin(Trainer):
         labels = input_ids.masked_fill(attention_mask == 0, -100)
         labels[:, :-logits_to_keep] = -100
         outputs = []
+        base = unwrap(self.accelerator.unwrap_model(model))
         for start in range(0, len(input_ids), rows_per_pass):
             rows = slice(start, start + rows_per_pass)
-            with self.accelerator.autocast():
+            groups = grouped(self._prompts[rows])
+            with self.accelerator.autocast(), self.tower_memory.around(base, [prompt for prompt, _ in groups]):
                 output = model(
                     input_ids=input_ids[rows],
                     attention_mask=attention_mask[rows],
                     labels=labels[rows],
                     fused_lm_head=True,
-                    **scoring_fields(self._prompts[rows], input_ids.device),
+                    **scoring_fields(groups, input_ids.device),
                 )
             # Made by the head: what it was not asked for is absent.
             outputs.append({name: output[name] for name in SCORES if name in output})

@@ -163,11 +163,15 @@ def generation_fields(prompts: Sequence[Prompt]) -> dict[str, Any]:
     return fields
 
 
-def scoring_fields(prompts: Sequence[Prompt], device: torch.device) -> dict[str, Tensor]:
-    """What `add_completion_head` wants besides the rows, of which `prompts` has one entry each, groups together."""
-    groups = [list(rows) for _, rows in groupby(prompts, key=id)]
-    unique = [rows[0] for rows in groups]
-    sizes = torch.tensor([len(rows) for rows in groups])
+def grouped(prompts: Sequence[Prompt]) -> list[tuple[Prompt, int]]:
+    """Each prompt with the number of rows that it has one after the other."""
+    return [(rows[0], len(rows)) for _, group in groupby(prompts, key=id) for rows in [list(group)]]
+
+
+def scoring_fields(groups: Sequence[tuple[Prompt, int]], device: torch.device) -> dict[str, Tensor]:
+    """What `add_completion_head` wants besides the rows: `groups` are the prompts with their numbers of rows."""
+    unique = [prompt for prompt, _ in groups]
+    sizes = torch.tensor([count for _, count in groups])
     fields = {
         "group_of_row": torch.arange(len(unique)).repeat_interleave(sizes),
         "num_pictures": torch.tensor([len(prompt.pictures) for prompt in unique]),
