@@ -10,7 +10,13 @@ from typing import Self
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerBase
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -24,6 +30,14 @@ from .configuration_qwenvl import QwenVLConfig, QwenVLTextConfig, QwenVLVisionCo
 from .original_checkpoint import register_original_names
 from .text_qwenvl import QwenVLTextModel
 from .vision_qwenvl import QwenVLVisionModel, patch_grid
+
+
+def _sub_model(config: PreTrainedConfig) -> PreTrainedModel:
+    # Ours by their type and not by their config's class: of a local folder with its code, transformers imports the
+    # configs once for the config and once more for the model, and AutoModel knows the second ones only.
+    own = {QwenVLVisionConfig.model_type: QwenVLVisionModel, QwenVLTextConfig.model_type: QwenVLTextModel}
+    model_class = own.get(config.model_type)
+    return AutoModel.from_config(config) if model_class is None else model_class._from_config(config)
 
 
 @dataclass
@@ -91,9 +105,9 @@ class QwenVLModel(QwenVLPreTrainedModel):
 
     def __init__(self, config: QwenVLConfig):
         super().__init__(config)
-        self.visual = AutoModel.from_config(config.vision_config)
+        self.visual = _sub_model(config.vision_config)
         self.adapter = ADAPTERS[config.adapter_type](config)
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = _sub_model(config.text_config)
         self.post_init()
 
     @can_return_tuple

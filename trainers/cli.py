@@ -2,7 +2,7 @@
 
 import typer
 
-from . import cli_chat, cli_convert, cli_data, cli_inspect, cli_train
+from . import cli_chat, cli_convert, cli_data, cli_inspect, cli_publish, cli_train
 
 app = typer.Typer(
     name="qwenvl",
@@ -22,3 +22,4 @@ app.command("train")(cli_train.train)
 app.command("estimate")(cli_train.estimate)
 app.command("merge")(cli_train.merge)
 app.command("convert")(cli_convert.convert)
+app.command("upload")(cli_publish.upload)

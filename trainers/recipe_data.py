@@ -25,13 +25,15 @@ logger = logging.getLogger(__name__)
 class RecipeData:
     """What a stage trainer takes. Without `collator` the rows are Examples, which the trainer encodes itself.
 
-    `held_out`: the Examples of `data.validation`, whatever `validation` makes of them.
+    `held_out`: the Examples of `data.validation`, whatever `validation` makes of them. `counts`: "train" and
+    "validation" -> path of each file -> how many of its rows are used.
     """
 
     train: Any
     validation: Any
     held_out: list[Example]
     collator: Callable[[Sequence[Any]], dict[str, Any]] | None
+    counts: dict[str, dict[str, int]]
 
 
 def load_recipe_data(
@@ -50,18 +52,20 @@ def load_recipe_data(
     supervise = Supervision(processor, length=LengthPolicy(data.max_length, ("shrink", "trim", data.too_long)))
     files = [_read(file, recipe, stage, supervise) for file in data.train]
     train = [example for examples in files for example in examples]
-    held_out = [example for file in data.validation for example in _read(file, recipe, stage, supervise)]
+    held_out_files = [_read(file, recipe, stage, supervise) for file in data.validation]
+    held_out = [example for examples in held_out_files for example in examples]
+    counts = {"train": _counts(data.train, files), "validation": _counts(data.validation, held_out_files)}
     if data.packing:
         collator = PackedRowsCollator(PackedCollator.for_processor(processor, tokens_per_second))
         validation = _packed(held_out, recipe, stage, supervise) if held_out else None
-        return RecipeData(_packed(train, recipe, stage, supervise), validation, held_out, collator)
+        return RecipeData(_packed(train, recipe, stage, supervise), validation, held_out, collator, counts)
     if len({file.weight for file in data.train}) == 1:
-        return RecipeData(train, held_out or None, held_out, None)
+        return RecipeData(train, held_out or None, held_out, None, counts)
     # Numbered, since the same file may be listed twice.
     names = [f"{number} {file.path}" for number, file in enumerate(data.train)]
     weights = dict(zip(names, (file.weight for file in data.train), strict=True))
     mixture = Mixture(dict(zip(names, files, strict=True)), weights, stop="all", seed=recipe.run.seed)
-    return RecipeData(mixture, held_out or None, held_out, None)
+    return RecipeData(mixture, held_out or None, held_out, None, counts)
 
 
 class PackedRows(Dataset):
@@ -102,6 +106,10 @@ def _read(file: DataFile, recipe: Recipe, stage: Stage, supervise: Supervision) 
     if not examples:
         raise ValueError(f"{file.path} has no row to train on.")
     return examples
+
+
+def _counts(files: Sequence[DataFile], examples: Sequence[Sequence[Example]]) -> dict[str, int]:
+    return {file.path: len(rows) for file, rows in zip(files, examples, strict=True)}
 
 
 def _in_style(example: Example, stage: Stage) -> Example:

@@ -22,8 +22,9 @@ from trainers.example_batches import at_stage_resolution
 from trainers.families import unwrap
 from trainers.multitask import QwenVLMultiTaskTrainer
 from trainers.pretrain import QwenVLPretrainTrainer
+from trainers.publish_record import RECIPE_FILE, write_data_counts
 from trainers.recipe_arguments import stage_arguments
-from trainers.recipe_data import load_recipe_data
+from trainers.recipe_data import RecipeData, load_recipe_data
 from trainers.recipe_model import load_recipe_model, load_recipe_processor, trained_parts
 from trainers.recipe_reading import dump_recipe, load_recipe
 from trainers.recipes import Recipe
@@ -35,7 +36,6 @@ TRAINERS: dict[str, type[StageTrainer]] = {
     "multitask": QwenVLMultiTaskTrainer,
     "sft": QwenVLSFTTrainer,
 }
-RECIPE_FILE = "recipe.yaml"
 FINAL = "final"
 
 
@@ -44,6 +44,10 @@ def build_trainer(recipe: Recipe) -> StageTrainer:
 
     Raises ValueError for a missing model or data, bad rows, and another number of devices than the recipe's.
     """
+    return _build(recipe)[0]
+
+
+def _build(recipe: Recipe) -> tuple[StageTrainer, RecipeData]:
     arguments = stage_arguments(recipe)
     # LoRA's and new tokens' first values come from here.
     set_seed(recipe.run.seed)
@@ -55,7 +59,7 @@ def build_trainer(recipe: Recipe) -> StageTrainer:
     vision = unwrap(model).config.to_dict().get("vision_config", {})
     data = load_recipe_data(recipe, stage, resized, vision.get("tokens_per_second"))
     asked = data.held_out[: recipe.run.answers]
-    return trainer_class(
+    trainer = trainer_class(
         model=model,
         args=arguments,
         train_dataset=data.train,
@@ -65,13 +69,15 @@ def build_trainer(recipe: Recipe) -> StageTrainer:
         trained=trained_parts(recipe),
         generation=GenerationEvaluation(asked) if asked else None,
     )
+    return trainer, data
 
 
 def train(recipe: Recipe, resume: bool = False) -> Path:
     """Runs `recipe` and returns the folder with the final weights and the processor, `run.output_dir`/final.
 
-    The recipe itself, every default spelled out, is written to `run.output_dir`/recipe.yaml. `resume` goes on from the
-    last whole checkpoint there.
+    The recipe itself, every default spelled out, is written to `run.output_dir`/recipe.yaml; data.json and
+    trainer_state.json beside it tell a model card (publish_record.py) the rows and what was measured. `resume` goes on
+    from the last whole checkpoint there.
 
     Raises ValueError, besides `build_trainer`, if the folder holds checkpoints of another run.
     """
@@ -81,12 +87,14 @@ def train(recipe: Recipe, resume: bool = False) -> Path:
             f"{output_dir} holds checkpoints already: pass --resume to go on from the last, or set run.output_dir to "
             "another folder."
         )
-    trainer = build_trainer(recipe)
+    trainer, data = _build(recipe)
     if trainer.is_world_process_zero():
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
+        write_data_counts(output_dir, **data.counts)
     trainer.train(resume_from_checkpoint="auto" if resume else None)
     trainer.save_model(str(output_dir / FINAL))
+    trainer.save_state()
     return output_dir / FINAL
 
 
