@@ -178,13 +178,13 @@ _PLAIN: dict[str, Callable[[Scene, Rng], Example]] = {
 # Loss weight of an answer's tokens: an answer of one word must not drown among boxes of twenty tokens.
 WEIGHTS = {
     "caption": 2.0,
-    "reading": 8.0,
-    "seeing": 6.0,
-    "grounding": 1.0,
-    "referring": 6.0,
-    "ocr": 0.4,
-    "caption_with_grounding": 0.6,
-    "two pictures": 8.0,
+    "reading": 5.0,
+    "seeing": 4.0,
+    "grounding": 1.5,
+    "referring": 5.0,
+    "ocr": 0.5,
+    "caption_with_grounding": 0.7,
+    "two pictures": 5.0,
 }
 
 
