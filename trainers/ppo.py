@@ -4,13 +4,16 @@ TRL 1.16 has no PPO. This is GRPO's trainer with other advantages: rollouts, rew
 loss are GRPO's; the value head, advantages per token (GAE), the value loss and KL control are added here.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from trl import GRPOConfig
 
 from trainers.completion_logps import add_completion_head
@@ -23,6 +26,7 @@ from trainers.ppo_losses import (
     value_losses,
     whitened,
 )
+from trainers.rewards import RewardTerm
 
 HEAD = "value_head"
 HEAD_FILE = "value_head.safetensors"  # in checkpoints: the head and the KL coefficient
@@ -72,10 +76,17 @@ class QwenVLPPOTrainer(QwenVLGRPOTrainer):
     Raises ValueError under FSDP and DeepSpeed, which would shard the head out of reach.
     """
 
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
-        if not isinstance(self.args, PPOArguments):
-            raise ValueError(f"args is a {type(self.args).__name__}: use trainers.ppo.PPOArguments.")
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        rewards: Sequence[str | RewardTerm],
+        args: PPOArguments,
+        *rest: Any,
+        **others: Any,
+    ) -> None:
+        if not isinstance(args, PPOArguments):
+            raise ValueError(f"args is a {type(args).__name__}: use trainers.ppo.PPOArguments.")
+        super().__init__(model, rewards, args, *rest, **others)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("PPO's value head is not made for FSDP and DeepSpeed: use DDP, or GRPO or RLOO.")
         base = self.freeze.parts.base

@@ -29,6 +29,7 @@ from trainers.freezing import TrainedParts
 from trainers.optimizer import LearningRates
 from trainers.parts_mixin import PartsMixin, checkpointing_kept, freeze_for_preferences
 from trainers.rewards import RewardTerm, reads_solutions
+from trainers.rollout_sampler import EpochRepeatSampler
 from trainers.rollout_watch import RolloutWatch
 from trainers.rollouts import (
     Prompt,
@@ -89,7 +90,7 @@ class RolloutMixin(PartsMixin):
         held_out = list(eval_dataset or [])
         check_processor(processing_class)
         check_rows([*train_dataset, *held_out], reads_solutions(self.reward_terms))
-        _check_arguments(args)
+        _check_arguments(args, len(train_dataset))
         self.examples = [*train_dataset, *held_out]
         is_peft = isinstance(model, PeftModel)
         self.freeze = freeze_for_preferences(model, trained, is_peft)
@@ -151,6 +152,17 @@ class RolloutMixin(PartsMixin):
         return self.accelerator.prepare_model(reference, evaluation_mode=True)
 
     # --- Rows -> prompts -> completions ---
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochRepeatSampler:
+        theirs = super()._get_train_sampler(dataset)
+        return EpochRepeatSampler(
+            theirs.data_source,
+            theirs.mini_repeat_count,
+            theirs.batch_size,
+            theirs.repeat_count,
+            theirs.shuffle,
+            theirs.seed,
+        )
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         # TRL shuffles completions between generating and splitting, which would tear groups apart.
@@ -297,12 +309,18 @@ class RolloutMixin(PartsMixin):
             self._shown = []
 
 
-def _check_arguments(args: Any) -> None:
+def _check_arguments(args: Any, num_prompts: int) -> None:
     if args.per_device_train_batch_size % args.num_generations:
         raise ValueError(
             f"per_device_train_batch_size={args.per_device_train_batch_size} completions do not hold whole groups of "
             f"num_generations={args.num_generations}: a group stays in one micro-batch, so make it a multiple (and "
             "gradient_accumulation_steps smaller)."
+        )
+    prompts_per_batch = args.generation_batch_size // args.num_generations
+    if num_prompts < prompts_per_batch:
+        raise ValueError(
+            f"{num_prompts} prompts do not fill a batch of {prompts_per_batch}, and TRL leaves out what does not: "
+            "give more rows, or lower per_device_train_batch_size or gradient_accumulation_steps."
         )
     if args.reward_weights is not None:
         raise ValueError("reward_weights: weights and schedules stand in the RewardTerms.")

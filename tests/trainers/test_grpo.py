@@ -456,6 +456,7 @@ def test_completions_are_shown_with_picture_boxes_rewards_and_advantages(load, t
         ({"args": {"reward_weights": [1.0]}}, "stand in the RewardTerms"),
         ({"rewards": ["box_uio"]}, "did you mean 'box_iou'"),
         ({"rows": []}, "no rows to sample from"),
+        ({"rows": examples((1,))}, "1 prompts do not fill a batch of 2"),
         ({"rows": [{"prompt": "?"}]}, "The dataset holds a dict"),
         ({"processor": SimpleNamespace()}, "cannot read boxes out of answers"),
         ({"rewards": ["box_iou"], "rows": [Example(examples()[0].messages, kind="reward", solution=[1, 2])]}, "boxes"),
