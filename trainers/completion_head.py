@@ -145,7 +145,7 @@ class _TokenScores(torch.autograd.Function):
             if hidden_gradient is not None:
                 hidden_gradient[here] = gradient @ weight_VE
             if weight_gradient is not None:
-                weight_gradient.addmm_(gradient.T, hidden_UE[here])
+                torch.addmm(weight_gradient, gradient.T, hidden_UE[here], out=weight_gradient)
         hidden_dtype, weight_dtype = ctx.dtypes
         return (
             None if hidden_gradient is None else hidden_gradient.to(hidden_dtype),

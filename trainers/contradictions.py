@@ -23,6 +23,7 @@ hardware.per_device_batch_size 1
     tower = parts.tower
     tower_is_plain = (tower.learning_rate, tower.layer_decay, tower.last_blocks) == (None, 1.0, None)
     weights = {file.weight for file in data.train}
+    is_dpo = recipe.stage == "dpo"
     rules = [
         (
             "nothing learns: every part is frozen; set train of a part to full or lora",
@@ -148,6 +149,41 @@ hardware.per_device_batch_size 1
             "run.feature_cache_dir keeps what a frozen tower gives, but parts.tower learns: freeze it, or set the "
             "cache to null",
             recipe.run.feature_cache_dir is not None and parts.tower.train != "frozen",
+        ),
+        (
+            f"stage {recipe.stage} and preference {'given' if recipe.preference else 'null'}: the section belongs to "
+            "stage dpo, which needs it (losses: [sigmoid] is DPO)",
+            is_dpo != (recipe.preference is not None),
+        ),
+        (
+            "optimizer.label_smoothing and z_loss belong to next-token losses: set them to 0.0 for stage dpo "
+            "(preference.label_smoothing is another one)",
+            is_dpo and (optimizer.label_smoothing, optimizer.z_loss) != (0.0, 0.0),
+        ),
+        (
+            "preference training switches dropout off, so that policy and reference start alike: set lora.dropout to "
+            "0.0",
+            is_dpo and recipe.lora is not None and recipe.lora.dropout > 0,
+        ),
+        (
+            "stage dpo has no data.packing and no different weights of files: set packing to false, weights to 1.0",
+            is_dpo and (data.packing or len(weights) > 1),
+        ),
+        (
+            "run.feature_cache_dir is not for stage dpo, which encodes each picture once for policy and reference: "
+            "set it to null",
+            is_dpo and recipe.run.feature_cache_dir is not None,
+        ),
+        (
+            "run.answers asks for held-out rows with one answer, preference rows have two: set it to 0 for stage dpo",
+            is_dpo and recipe.run.answers > 0,
+        ),
+        (
+            "preference.layout tree needs a dense mask, which flash attention does not take: set it to rows, or "
+            "model.attention to sdpa",
+            recipe.preference is not None
+            and recipe.preference.layout == "tree"
+            and recipe.model.attention == "flash_attention_2",
         ),
         (
             "run.evaluate_every is set, but data.validation is empty: name a file of held-out rows",

@@ -23,7 +23,7 @@ from processing.example import Example
 from processing.processing_qwenvl import QwenVLProcessor
 from trainers.answering import AnsweringMixin
 from trainers.checkpoint_mixin import CheckpointMixin
-from trainers.completion_batch import Batch, collate_groups
+from trainers.completion_batch import Batch, CompletionGroup, collate_groups
 from trainers.completion_logps import add_completion_head
 from trainers.dpo_arguments import DPOArguments, Reference
 from trainers.evaluation import GenerationEvaluation
@@ -43,21 +43,25 @@ ROW = "row"
 HEAD_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 
 
+Row = Example | CompletionGroup
+
+
 class PreferenceCollator:
     """Numbers of rows (with columns of the reference, if they are known) -> a batch as TRL's loss takes it."""
 
     def __init__(self, pairs: PreferencePairs) -> None:
         self.pairs = pairs
-        self.examples: list[Example] = []
+        self.examples: list[Row] = []
 
-    def number(self, examples: Sequence[Example]) -> Dataset:
+    def number(self, examples: Sequence[Row]) -> Dataset:
         """A dataset of numbers that stand for `examples`: TRL wants a `datasets.Dataset`, which holds no Examples."""
         first = len(self.examples)
         self.examples.extend(examples)
         return Dataset.from_dict({ROW: list(range(first, len(self.examples)))})
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> Batch:
-        groups = [self.pairs(self.examples[row[ROW]]) for row in rows]
+        examples = [self.examples[row[ROW]] for row in rows]
+        groups = [example if isinstance(example, CompletionGroup) else self.pairs(example) for example in examples]
         batch = collate_groups(groups, self.pairs.processor.tokenizer.pad_token_id, order="completion")
         return batch | {name: torch.tensor([row[name] for row in rows]) for name in COLUMNS if name in rows[0]}
 
@@ -68,8 +72,8 @@ class QwenVLDPOTrainer(AnsweringMixin, CheckpointMixin, PartsMixin, DPOTrainer):
     Args:
         model: of a family in `trainers.families`, bare or wrapped by PEFT; also 4-bit with LoRA.
         args: which loss, which reference, ...
-        train_dataset, eval_dataset: `processing.example.Example`s of kind "preference" (a list, or anything with a
-            length and numbers as indices), with or without pictures.
+        train_dataset, eval_dataset: `processing.example.Example`s of kind "preference", with or without pictures, or
+            `trainers.completion_batch.CompletionGroup`s of two completions, the chosen one first.
         processing_class: the processor; it encodes the rows and is saved in every checkpoint.
         ref_model: another reference than the policy's own start; with `args.reference` None or "cache".
         trained: what trains; the default is all but the tower, or whatever PEFT made trainable.
@@ -92,8 +96,8 @@ class QwenVLDPOTrainer(AnsweringMixin, CheckpointMixin, PartsMixin, DPOTrainer):
         self,
         model: PreTrainedModel | PeftModel,
         args: DPOArguments,
-        train_dataset: Sequence[Example],
-        eval_dataset: Sequence[Example] | None = None,
+        train_dataset: Sequence[Row],
+        eval_dataset: Sequence[Row] | None = None,
         processing_class: ProcessorMixin | None = None,
         ref_model: PreTrainedModel | None = None,
         callbacks: list[TrainerCallback] | None = None,

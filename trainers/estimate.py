@@ -21,10 +21,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 from trainers.families import PARTS, find_parts, unwrap
 from trainers.freezing import Freeze, freeze
 from trainers.lora import TORCH_DTYPES
-from trainers.loss import token_losses
 from trainers.recipe_model import model_path, prepare_model, trained_parts
 from trainers.recipes import Recipe
 from trainers.sizes_only import WEIGHT_CASTS, Allocations, GpuBehaviour, gradients_labelled, nf4_bytes
+from trainers.token_losses import token_losses
 
 GIB = 2**30
 # Memory in GiB as nvidia-smi names it.
@@ -91,12 +91,17 @@ class Estimate:
 def estimate(recipe: Recipe) -> Estimate:
     """Estimates `recipe`, whose `model.path` must hold or name a config.json; no weights are needed.
 
-    Raises ValueError if a row's pictures have more tokens than `data.max_length`.
+    Raises ValueError if a row's pictures have more tokens than `data.max_length`, and for the stage dpo.
 
     Example:
         >>> estimate(load_recipe("qlora_24gb")).fits(24.0)
         True
     """
+    if recipe.stage == "dpo":
+        raise ValueError(
+            f"{recipe.name}: there is no estimate for the stage dpo yet, whose rows have two answers and a reference. "
+            "A lower bound: the same recipe with stage=sft and preference=null."
+        )
     return estimate_config(AutoConfig.from_pretrained(model_path(recipe)), recipe)
 
 

@@ -45,6 +45,13 @@ class PreferencePairs:
         except ValueError as error:
             raise RowError(example.source, str(error)) from error
 
+    def check(self, example: Example) -> None:
+        """RowError for a row that is no preference row, or says what no preference loss reads."""
+        try:
+            _both(example)
+        except ValueError as error:
+            raise RowError(example.source, str(error)) from error
+
     def fits(self, example: Example) -> bool:
         """Whether both answers fit `max_length`, by shrinking pictures if need be; pictures are not decoded."""
         supervise = self._supervision(self.processor, ("shrink", "drop"))

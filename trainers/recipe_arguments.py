@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from trainers.arguments import StageArguments
 from trainers.recipes import Recipe
@@ -36,16 +37,8 @@ SCHEDULERS = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "c
 OPTIMIZERS = {"float32": "adamw_torch_fused", "8bit": "adamw_bnb_8bit", "8bit_paged": "paged_adamw_8bit"}
 
 
-def stage_arguments(recipe: Recipe) -> StageArguments:
-    """The trainer's settings that `recipe` stands for.
-
-    Raises ValueError if this run has another number of devices than the recipe, so that the global batch would differ.
-
-    Example:
-        >>> arguments = stage_arguments(load_recipe("paper_sft"))
-        >>> arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs, arguments.gradient_accumulation_steps
-        (<SchedulerType.COSINE_WITH_MIN_LR: 'cosine_with_min_lr'>, {'min_lr_rate': 0.1}, 128)
-    """
+def training_values(recipe: Recipe) -> dict[str, Any]:
+    """Names and values of TrainingArguments, and of StageArguments, that `recipe` stands for."""
     values: dict[str, Any] = {name: _value(recipe, key) for key, name in ARGUMENT_OF.items()}
     optimizer, hardware = recipe.optimizer, recipe.hardware
     values |= {
@@ -68,14 +61,33 @@ def stage_arguments(recipe: Recipe) -> StageArguments:
     if optimizer.schedule == "cosine":
         # As a share, so that parts with their own rate end at the same share of it.
         values["lr_scheduler_kwargs"] = {"min_lr_rate": optimizer.min_learning_rate / optimizer.learning_rate}
-    arguments = StageArguments(**values)
+    return values
+
+
+def stage_arguments(recipe: Recipe) -> StageArguments:
+    """The trainer's settings that `recipe` stands for.
+
+    Raises ValueError if this run has another number of devices than the recipe, so that the global batch would differ.
+
+    Example:
+        >>> arguments = stage_arguments(load_recipe("paper_sft"))
+        >>> arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs, arguments.gradient_accumulation_steps
+        (<SchedulerType.COSINE_WITH_MIN_LR: 'cosine_with_min_lr'>, {'min_lr_rate': 0.1}, 128)
+    """
+    arguments = StageArguments(**training_values(recipe))
+    check_devices(arguments, recipe)
+    return arguments
+
+
+def check_devices(arguments: TrainingArguments, recipe: Recipe) -> None:
+    """ValueError if this run has another number of devices than the recipe."""
+    hardware, optimizer = recipe.hardware, recipe.optimizer
     if arguments.world_size != hardware.devices:
         raise ValueError(
             f"The recipe {recipe.name} is for {hardware.devices} device(s), this run has {arguments.world_size}: "
             f"start it with `torchrun --nproc-per-node {hardware.devices} -m trainers.train`, or set hardware.devices "
             f"to {arguments.world_size} (the global batch stays {optimizer.global_batch_size})."
         )
-    return arguments
 
 
 def _value(recipe: Recipe, key: str) -> Any:

@@ -12,8 +12,9 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from trainers.contradictions import contradictions
+from trainers.recipe_preference import PreferenceSection
 
-Stage = Literal["pretrain", "multitask", "sft"]
+Stage = Literal["pretrain", "multitask", "sft", "dpo"]
 Training = Literal["frozen", "full", "lora"]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -232,6 +233,7 @@ class Recipe:
     model: ModelSection = field(default_factory=ModelSection)
     parts: PartsSection = field(default_factory=PartsSection)
     lora: LoraSection | None = None
+    preference: PreferenceSection | None = None
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     data: DataSection = field(default_factory=DataSection)
     hardware: HardwareSection = field(default_factory=HardwareSection)

@@ -91,6 +91,10 @@ def _load(path: Path, rows: Sequence[Example], keys: Tensor, fingerprints: dict[
 def row_key(example: Example) -> bytes:
     """16 bytes for the contents of a preference row: its messages, both answers, and its pictures (the bytes of the
     file, not its name: a moved folder holds the same data; of a web address, the address)."""
+    if not isinstance(example, Example):
+        raise ValueError(
+            f"the reference cache knows rows by their texts and pictures: give Examples, not {type(example).__name__}s"
+        )
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     texts = [
         list(map(_without_pictures, turns or ())) for turns in (example.messages, example.chosen, example.rejected)

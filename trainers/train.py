@@ -17,6 +17,7 @@ from rich.console import Console
 from transformers import set_seed
 
 from trainers.checkpoints import find_last_checkpoint
+from trainers.dpo import QwenVLDPOTrainer
 from trainers.evaluation import GenerationEvaluation
 from trainers.example_batches import at_stage_resolution
 from trainers.families import unwrap
@@ -25,6 +26,7 @@ from trainers.pretrain import QwenVLPretrainTrainer
 from trainers.publish_record import RECIPE_FILE, write_data_counts
 from trainers.recipe_arguments import stage_arguments
 from trainers.recipe_data import RecipeData, load_recipe_data
+from trainers.recipe_dpo import build_dpo_trainer
 from trainers.recipe_model import load_recipe_model, load_recipe_processor, trained_parts
 from trainers.recipe_reading import dump_recipe, load_recipe
 from trainers.recipes import Recipe
@@ -39,7 +41,7 @@ TRAINERS: dict[str, type[StageTrainer]] = {
 FINAL = "final"
 
 
-def build_trainer(recipe: Recipe) -> StageTrainer:
+def build_trainer(recipe: Recipe) -> StageTrainer | QwenVLDPOTrainer:
     """The stage's trainer with everything that `recipe` says, nothing trained yet.
 
     Raises ValueError for a missing model or data, bad rows, and another number of devices than the recipe's.
@@ -47,7 +49,9 @@ def build_trainer(recipe: Recipe) -> StageTrainer:
     return _build(recipe)[0]
 
 
-def _build(recipe: Recipe) -> tuple[StageTrainer, RecipeData]:
+def _build(recipe: Recipe) -> tuple[StageTrainer | QwenVLDPOTrainer, RecipeData]:
+    if recipe.stage == "dpo":
+        return build_dpo_trainer(recipe)
     arguments = stage_arguments(recipe)
     # LoRA's and new tokens' first values come from here.
     set_seed(recipe.run.seed)
