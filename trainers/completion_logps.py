@@ -80,9 +80,10 @@ def add_completion_head(
 
 @dataclass
 class ScoredCompletions(FusedCausalLMOutput):
-    """TRL's result, and with "values" among the outputs what `model.value_head` says of the states before tokens."""
+    """TRL's result, and with "state_values" among the outputs what `model.value_head` says of the states before the
+    tokens."""
 
-    values: Tensor | None = None
+    state_values: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -184,10 +185,10 @@ def _predictions(
     places_U, index_S = (layout.predicting_2S[0] * T + layout.predicting_2S[1]).unique(return_inverse=True)
     hidden_UE = hidden_RTE.flatten(0, 1)[places_U]
     head = model.get_output_embeddings()
-    of_tokens = tuple(name for name in settings.outputs if name != "values")
+    of_tokens = tuple(name for name in settings.outputs if name != "state_values")
     values = token_scores(head, hidden_UE, index_S, tokens_S, settings.temperature, of_tokens)
-    if "values" in settings.outputs:
-        values["values"] = model.value_head(hidden_UE.float())[index_S, 0]
+    if "state_values" in settings.outputs:
+        values["state_values"] = model.value_head(hidden_UE.float())[index_S, 0]
     # masked_scatter keeps the graph also where nothing is scored.
     per_token = {
         name: torch.zeros(is_scored.shape, dtype=value.dtype, device=value.device).masked_scatter(is_scored, value)

@@ -95,7 +95,7 @@ class QwenVLPPOTrainer(QwenVLGRPOTrainer):
         base.value_head = nn.Linear(base.config.get_text_config().hidden_size, 1, device=embedding.device)
         nn.init.zeros_(base.value_head.weight)
         nn.init.zeros_(base.value_head.bias)
-        add_completion_head(base, self.layout, self.temperature, ("log_probs", "entropy", "values"))
+        add_completion_head(base, self.layout, self.temperature, ("log_probs", "entropy", "state_values"))
         self.kl_control = KLControl(self.beta, self.args.kl_target, self.args.kl_horizon)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -122,7 +122,7 @@ class QwenVLPPOTrainer(QwenVLGRPOTrainer):
         mask = output["completion_mask"]
         with torch.no_grad():
             scored = self._score(self.model, ids, attention, mask.shape[1], self._rows_per_pass)
-        logps, values = scored["log_probs"], scored["values"]
+        logps, values = scored["log_probs"], scored["state_values"]
         log_ratio = logps - output["ref_per_token_logps"] if self.beta else torch.zeros_like(logps)
         scores = self._local_scores()
         rewards = token_rewards(scores.nan_to_num(), log_ratio, mask, self.beta)
@@ -161,7 +161,7 @@ class QwenVLPPOTrainer(QwenVLGRPOTrainer):
         finally:
             self.beta = beta
         mask = inputs["completion_mask"]
-        losses = value_losses(self._scored["values"], inputs["old_values"], inputs["returns"], self.args.value_clip)
+        losses = value_losses(self._scored["state_values"], inputs["old_values"], inputs["returns"], self.args.value_clip)
         # Divided as the policy loss is: by the tokens of one optimizer step, over all devices.
         normalizer = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if self.model.training:

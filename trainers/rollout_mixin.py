@@ -46,7 +46,7 @@ from trainers.rollouts import (
 from trainers.tower_memory import TowerMemory
 
 logger = logging.getLogger(__name__)
-SCORES = ("log_probs", "entropy", "values")
+SCORES = ("log_probs", "entropy", "state_values")
 
 
 class RolloutMixin(PartsMixin):
