@@ -24,6 +24,9 @@ hardware.per_device_batch_size 1
     tower_is_plain = (tower.learning_rate, tower.layer_decay, tower.last_blocks) == (None, 1.0, None)
     weights = {file.weight for file in data.train}
     is_dpo = recipe.stage == "dpo"
+    sampling = recipe.sampling
+    is_sampled = recipe.stage in ("grpo", "rloo", "ppo")
+    compares = is_dpo or is_sampled  # with a reference or with other answers; no next-token loss
     rules = [
         (
             "nothing learns: every part is frozen; set train of a part to full or lora",
@@ -156,27 +159,60 @@ hardware.per_device_batch_size 1
             is_dpo != (recipe.preference is not None),
         ),
         (
-            "optimizer.label_smoothing and z_loss belong to next-token losses: set them to 0.0 for stage dpo "
-            "(preference.label_smoothing is another one)",
-            is_dpo and (optimizer.label_smoothing, optimizer.z_loss) != (0.0, 0.0),
+            "optimizer.label_smoothing and z_loss belong to next-token losses: set them to 0.0 for stage "
+            f"{recipe.stage} (preference.label_smoothing is another one)",
+            compares and (optimizer.label_smoothing, optimizer.z_loss) != (0.0, 0.0),
         ),
         (
             "preference training switches dropout off, so that policy and reference start alike: set lora.dropout to "
             "0.0",
-            is_dpo and recipe.lora is not None and recipe.lora.dropout > 0,
+            compares and recipe.lora is not None and recipe.lora.dropout > 0,
         ),
         (
-            "stage dpo has no data.packing and no different weights of files: set packing to false, weights to 1.0",
-            is_dpo and (data.packing or len(weights) > 1),
+            f"stage {recipe.stage} has no data.packing and no different weights of files: set packing to false and "
+            "weights to 1.0",
+            compares and (data.packing or len(weights) > 1),
         ),
         (
-            "run.feature_cache_dir is not for stage dpo, which encodes each picture once for policy and reference: "
-            "set it to null",
-            is_dpo and recipe.run.feature_cache_dir is not None,
+            f"run.feature_cache_dir is not for stage {recipe.stage}, which encodes each picture once for policy and "
+            "reference: set it to null",
+            compares and recipe.run.feature_cache_dir is not None,
         ),
         (
-            "run.answers asks for held-out rows with one answer, preference rows have two: set it to 0 for stage dpo",
-            is_dpo and recipe.run.answers > 0,
+            "run.answers asks for held-out rows with one answer, which rows of stage "
+            f"{recipe.stage} have not: set it to 0",
+            compares and recipe.run.answers > 0,
+        ),
+        (
+            f"stage {recipe.stage} and sampling {'given' if sampling else 'null'}: the section belongs to the stages "
+            "grpo, rloo and ppo, which need it (rewards: [{name: box_iou}])",
+            is_sampled != (sampling is not None),
+        ),
+        (
+            f"hardware.per_device_batch_size {hardware.per_device_batch_size} completions do not hold whole groups of "
+            f"{sampling.group if sampling else 0}: make it a multiple of sampling.group",
+            sampling is not None and hardware.per_device_batch_size % sampling.group != 0,
+        ),
+        (
+            "sampling.values belongs to stage ppo: set it to null",
+            sampling is not None and sampling.values is not None and recipe.stage != "ppo",
+        ),
+        (
+            "sampling.loss belongs to stage grpo, the others have one: set it to dapo",
+            sampling is not None and sampling.loss != "dapo" and recipe.stage != "grpo",
+        ),
+        (
+            "stage ppo keeps its value head whole: set hardware.sharding to none",
+            recipe.stage == "ppo" and hardware.sharding == "full",
+        ),
+        (
+            "data.too_long drop is not for sampled stages, whose answers have no length yet: set it to raise",
+            is_sampled and data.too_long == "drop",
+        ),
+        (
+            "sampling.layout tree needs a dense mask, which flash attention does not take: set it to rows, or "
+            "model.attention to sdpa",
+            sampling is not None and sampling.layout == "tree" and recipe.model.attention == "flash_attention_2",
         ),
         (
             "preference.layout tree needs a dense mask, which flash attention does not take: set it to rows, or "

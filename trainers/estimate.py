@@ -91,12 +91,17 @@ class Estimate:
 def estimate(recipe: Recipe) -> Estimate:
     """Estimates `recipe`, whose `model.path` must hold or name a config.json; no weights are needed.
 
-    Raises ValueError if a row's pictures have more tokens than `data.max_length`, and for the stage dpo.
+    Raises ValueError if a row's pictures have more tokens than `data.max_length`, and for stages after SFT.
 
     Example:
         >>> estimate(load_recipe("qlora_24gb")).fits(24.0)
         True
     """
+    if recipe.stage in ("grpo", "rloo", "ppo"):
+        raise ValueError(
+            f"{recipe.name}: there is no estimate for the stage {recipe.stage} yet, which also samples. A lower "
+            "bound: the same recipe with stage=sft and sampling=null."
+        )
     if recipe.stage == "dpo":
         raise ValueError(
             f"{recipe.name}: there is no estimate for the stage dpo yet, whose rows have two answers and a reference. "

@@ -161,7 +161,8 @@ class QwenVLPPOTrainer(QwenVLGRPOTrainer):
         finally:
             self.beta = beta
         mask = inputs["completion_mask"]
-        losses = value_losses(self._scored["state_values"], inputs["old_values"], inputs["returns"], self.args.value_clip)
+        values = self._scored["state_values"]
+        losses = value_losses(values, inputs["old_values"], inputs["returns"], self.args.value_clip)
         # Divided as the policy loss is: by the tokens of one optimizer step, over all devices.
         normalizer = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if self.model.training:

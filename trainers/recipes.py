@@ -13,8 +13,10 @@ from pydantic.dataclasses import dataclass
 
 from trainers.contradictions import contradictions
 from trainers.recipe_preference import PreferenceSection
+from trainers.recipe_sampling import SamplingSection
 
-Stage = Literal["pretrain", "multitask", "sft", "dpo"]
+Stage = Literal["pretrain", "multitask", "sft", "dpo", "grpo", "rloo", "ppo"]
+SAMPLED_STAGES = ("grpo", "rloo", "ppo")
 Training = Literal["frozen", "full", "lora"]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -234,6 +236,7 @@ class Recipe:
     parts: PartsSection = field(default_factory=PartsSection)
     lora: LoraSection | None = None
     preference: PreferenceSection | None = None
+    sampling: SamplingSection | None = None
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     data: DataSection = field(default_factory=DataSection)
     hardware: HardwareSection = field(default_factory=HardwareSection)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import split_tensor_dict
 
-from processing.example import Example
+from processing.example import Example, RowError
 from processing.pictures import ANYTHING, PictureLimits
 from trainers.completion_layout import LayoutName
 from trainers.completion_logps import add_completion_head
@@ -61,6 +61,8 @@ class RolloutMixin(PartsMixin):
         processing_class: the processor, from `load_processor`.
         trained: what trains; the default is all but the tower, or whatever PEFT made trainable.
         learning_rates: of parts with their own; `args.learning_rate` is then not read.
+        max_length: tokens that a prompt and its longest completion may have together; None: any. Longer prompts are
+            refused: pictures are never cut.
         layout: "tree" computes a prompt once for its completions (needs sdpa or eager attention), "rows" G times.
 
     Without PEFT the reference model of `beta` > 0 is a frozen copy of `model` as it is now; with PEFT it is the model
@@ -82,11 +84,12 @@ class RolloutMixin(PartsMixin):
         callbacks: list[TrainerCallback] | None = None,
         trained: TrainedParts | None = None,
         learning_rates: LearningRates | None = None,
+        max_length: int | None = None,
         layout: LayoutName = "tree",
         limits: PictureLimits = ANYTHING,
     ) -> None:
         self.reward_terms = [RewardTerm(term) if isinstance(term, str) else term for term in rewards]
-        self.limits = limits
+        self.limits, self.max_length = limits, max_length
         held_out = list(eval_dataset or [])
         check_processor(processing_class)
         check_rows([*train_dataset, *held_out], reads_solutions(self.reward_terms))
@@ -177,7 +180,7 @@ class RolloutMixin(PartsMixin):
         rows, size = [entry["row"] for entry in inputs], self._group_size
         groups = [rows[start : start + size] for start in range(0, len(rows), size)]
         assert all(len(set(group)) == 1 and len(group) == size for group in groups), "the sampler repeats each row"
-        prompts = [encode_prompt(self.examples[group[0]], self.processing_class, self.limits) for group in groups]
+        prompts = [self._encode(self.examples[group[0]]) for group in groups]
         self._prompts = [prompt for prompt in prompts for _ in range(size)]
         progress = self.state.global_step / max(1, self.state.max_steps)
         self.reward_weights = torch.tensor([term.weight_at(progress) for term in self.reward_terms])
@@ -186,6 +189,17 @@ class RolloutMixin(PartsMixin):
         output["prompts"] = self._prompts
         self._look_at(output)
         return output
+
+    def _encode(self, example: Example) -> Prompt:
+        prompt = encode_prompt(example, self.processing_class, self.limits)
+        total = len(prompt.input_ids) + self.max_completion_length
+        if self.max_length is not None and total > self.max_length:
+            raise RowError(
+                example.source,
+                f"{len(prompt.input_ids)} tokens of prompt and {self.max_completion_length} of a completion are more "
+                f"than max_length {self.max_length}: raise it, or lower the pictures' resolution",
+            )
+        return prompt
 
     def _finish(self, output: dict[str, Any]) -> dict[str, Any]:
         """For subclasses: what else becomes of a batch of scored completions before it is split."""

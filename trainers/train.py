@@ -29,7 +29,9 @@ from trainers.recipe_data import RecipeData, load_recipe_data
 from trainers.recipe_dpo import build_dpo_trainer
 from trainers.recipe_model import load_recipe_model, load_recipe_processor, trained_parts
 from trainers.recipe_reading import dump_recipe, load_recipe
-from trainers.recipes import Recipe
+from trainers.recipe_rollouts import build_rollout_trainer
+from trainers.recipes import SAMPLED_STAGES, Recipe
+from trainers.rollout_mixin import RolloutMixin
 from trainers.sft import QwenVLSFTTrainer
 from trainers.stage_trainer import StageTrainer
 
@@ -41,7 +43,7 @@ TRAINERS: dict[str, type[StageTrainer]] = {
 FINAL = "final"
 
 
-def build_trainer(recipe: Recipe) -> StageTrainer | QwenVLDPOTrainer:
+def build_trainer(recipe: Recipe) -> StageTrainer | QwenVLDPOTrainer | RolloutMixin:
     """The stage's trainer with everything that `recipe` says, nothing trained yet.
 
     Raises ValueError for a missing model or data, bad rows, and another number of devices than the recipe's.
@@ -49,9 +51,11 @@ def build_trainer(recipe: Recipe) -> StageTrainer | QwenVLDPOTrainer:
     return _build(recipe)[0]
 
 
-def _build(recipe: Recipe) -> tuple[StageTrainer | QwenVLDPOTrainer, RecipeData]:
+def _build(recipe: Recipe) -> tuple[StageTrainer | QwenVLDPOTrainer | RolloutMixin, RecipeData]:
     if recipe.stage == "dpo":
         return build_dpo_trainer(recipe)
+    if recipe.stage in SAMPLED_STAGES:
+        return build_rollout_trainer(recipe)
     arguments = stage_arguments(recipe)
     # LoRA's and new tokens' first values come from here.
     set_seed(recipe.run.seed)
