@@ -243,22 +243,17 @@ def floor(algorithm: Algorithm, case: Case) -> float:
     _freeze(model, case)
     (group,) = algorithm.groups(case, 1)
     with FlopCounterMode(display=False) as counter:
-        features = _encode(model, group, learns=case.tower_trains)
+        features = _encode(model, group)
         _score(model, group, features).backward()
         for _ in range(algorithm.num_scoring):
             with torch.no_grad():
-                # A frozen tower is the same for all; what an adapter that trains adds is counted for each.
+                # A frozen tower gives the others the same; their adapters are left out of the floor.
                 _score(model, group, _encode(model, group) if case.tower_trains else features)
     return float(counter.get_total_flops())
 
 
-def _encode(model: PreTrainedModel, group: CompletionGroup, learns: bool = False) -> Any:
-    inner = model.base_model
-    if learns or not torch.is_grad_enabled():
-        return inner.get_image_features(**group.vision, return_dict=True)
-    # Without a graph in the tower, whatever the model does by itself.
-    with torch.no_grad():
-        return inner.get_image_features(**group.vision, return_dict=True)
+def _encode(model: PreTrainedModel, group: CompletionGroup) -> Any:
+    return model.base_model.get_image_features(**group.vision, return_dict=True)
 
 
 def _score(model: PreTrainedModel, group: CompletionGroup, features: Any) -> Tensor:
