@@ -129,7 +129,7 @@ class Lesson:
             recipe.tower_rate,
             watch.on_step,
         )
-        self.slowness = max(1.0, watch.seconds / recipe.tower_seconds)
+        self.slowness = watch.seconds / recipe.tower_seconds
         self.seconds[TOWER_STAGE] = watch.seconds
         self.stages.append(
             StageRun(
