@@ -12,14 +12,12 @@ token of the prompt once per model, each completion behind it, and output rows o
 """
 
 import io
-import multiprocessing
 import os
 import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +49,7 @@ from transformers import (
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from trl import DPOConfig, DPOTrainer
 
+from benchmarks.peak_memory import in_a_process, peak_mib
 from benchmarks.small_models import IMAGE_ID, VOCABULARY, FamilyName, small_model
 from benchmarks.synthetic_rows import picture_row
 from trainers.completion_batch import CompletionGroup, collate_groups
@@ -96,8 +95,8 @@ class StepClock(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.watches_memory:
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak counts anew from here
-            self.before = _status("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from what is held now
+            self.before = peak_mib()
         self.start = time.perf_counter()
 
     def on_step_end(
@@ -105,7 +104,7 @@ class StepClock(TrainerCallback):
     ) -> None:
         self.seconds.append(time.perf_counter() - self.start)
         if self.watches_memory:
-            self.peaks.append(_status("VmHWM") - self.before)
+            self.peaks.append(peak_mib() - self.before)
 
     def on_log(
         self,
@@ -117,12 +116,6 @@ class StepClock(TrainerCallback):
     ) -> None:
         if logs and "loss" in logs:
             self.losses.append(logs["loss"])
-
-
-def _status(name: str) -> float:
-    """MiB that Linux says of this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) / 1024
 
 
 def preference_groups(case: Case, count: int) -> list[CompletionGroup]:
@@ -289,11 +282,6 @@ def memory(algorithm: str, name: str, case: Case) -> float:
     return clock.peaks[1]
 
 
-def in_a_process(algorithm: str, name: str, case: Case) -> float:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        return pool.submit(memory, algorithm, name, case).result()
-
-
 def compare(key: str, case: Case, rounds: int) -> Table:
     algorithm = ALGORITHMS[key]
     title = f"{algorithm.name}: {case.name}"
@@ -306,7 +294,7 @@ def compare(key: str, case: Case, rounds: int) -> Table:
     apart = max(abs(a - b) for a, b in zip(losses[OURS], losses[TRL], strict=True))
     if apart > 1e-4:
         raise ValueError(f"The losses differ by {apart}, so the trainers do not do the same: {losses}")
-    peaks = {name: in_a_process(key, name, case) for name in algorithm.trainers}
+    peaks = {name: in_a_process(memory, key, name, case) for name in algorithm.trainers}
     operations = {name: run(build, case, count=True)[2] for name, build in algorithm.trainers.items()}
     least = floor(algorithm, case)
     table = Table(title=title)
