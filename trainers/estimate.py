@@ -232,6 +232,8 @@ def _loss(decided: Freeze, recipe: Recipe, memory: Allocations) -> Tensor:
     supervised = max(1, int((num_tokens - num_visual) * recipe.estimate.supervised_share))
     positions = torch.arange(supervised, device="meta")
     logits = base.get_output_embeddings()(hidden.flatten(0, 1)[positions])
+    if recipe.hardware.precision == "bfloat16":
+        logits = logits.float()  # accelerate converts what a forward under autocast returns
     optimizer = recipe.optimizer
     return token_losses(logits, positions, optimizer.label_smoothing, optimizer.z_loss).sum()
 

@@ -10,7 +10,8 @@ from rich.text import Text
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from trainers.loss import find_targets, supervised_loss, token_losses
+from trainers.loss import find_targets, supervised_loss
+from trainers.token_losses import token_losses
 
 CONTEXT_CHARACTERS = 24
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from processing.chat_spans import IGNORE
+from trainers.token_losses import token_losses
 
 
 @dataclass(frozen=True)
@@ -50,23 +51,6 @@ def find_targets(labels_BL: Tensor, loss_weights_BL: Tensor | None = None) -> Ta
     else:
         weights_S = loss_weights_BL[next_BL].float()
     return Targets(predicts_BL, tokens_S, weights_S)
-
-
-def token_losses(logits_SV: Tensor, tokens_S: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
-    """Loss of each target, in nats, float32.
-
-    Cross-entropy against (1 - e) of the target plus e spread over the vocabulary (arXiv 1512.00567, section 7), plus
-    `z_loss` times the squared log-normaliser, which keeps logits from drifting (PaLM, arXiv 2204.02311, section 5).
-
-    Example:
-        >>> token_losses(torch.zeros(1, 4), torch.tensor([2]))  # ln 4
-        tensor([1.3863])
-    """
-    logits_SV = logits_SV.float()
-    losses_S = functional.cross_entropy(logits_SV, tokens_S, reduction="none", label_smoothing=label_smoothing)
-    if z_loss:
-        losses_S = losses_S + z_loss * logits_SV.logsumexp(-1).square()
-    return losses_S
 
 
 def supervised_loss(

@@ -193,8 +193,9 @@ def moving(*overrides, family="qwen2_5_vl"):
 def test_what_the_settings_save():
     kept = moving()["language_model"]
     assert moving("parts.language_model.checkpointing=true")["language_model"] < kept / 8
-    whole = moving()["head and loss"]
-    assert moving("estimate.supervised_share=0.25")["head and loss"] == pytest.approx(whole / 4, rel=0.1)
+    # With a quarter of the targets the peak is no longer where the loss is computed.
+    whole, half = moving()["head and loss"], moving("estimate.supervised_share=0.5")["head and loss"]
+    assert half == pytest.approx(whole / 2, rel=0.1)
     matrices = 4 * 2 * 4 * 256 * 256 * 4  # layers x rows x heads x length x length x bytes
     assert moving("model.attention=eager")["language_model"] == pytest.approx(kept + matrices, rel=0.01)
     longer = moving("data.max_length=512")["language_model"]

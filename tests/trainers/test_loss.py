@@ -1,12 +1,10 @@
-"""The loss at supervised positions equals the plain one, and its extras equal formulas written out."""
-
-import math
+"""The loss at supervised positions equals the plain one."""
 
 import pytest
 import torch
 from torch.nn import functional
 
-from trainers.loss import find_targets, supervised_loss, token_losses, weight_of
+from trainers.loss import find_targets, supervised_loss, weight_of
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -50,30 +48,6 @@ def test_weights_belong_to_the_token_that_is_predicted_not_to_the_one_that_predi
     assert targets.predicts_BL.tolist() == [[True, False, True, False]]
     assert targets.tokens_S.tolist() == [5, 7]
     assert targets.weights_S.tolist() == [0.5, 2.0]
-
-
-def test_the_loss_of_even_odds_is_the_log_of_the_vocabulary():
-    assert token_losses(torch.zeros(1, 7), torch.tensor([3])).item() == pytest.approx(math.log(7))
-
-
-def test_label_smoothing_spreads_its_share_over_the_vocabulary():
-    logits = torch.log(torch.tensor([[0.5, 0.25, 0.25]]))
-    uniform = -(math.log(0.5) + 2 * math.log(0.25)) / 3
-    expected = 0.9 * -math.log(0.5) + 0.1 * uniform
-    assert token_losses(logits, torch.tensor([0]), label_smoothing=0.1).item() == pytest.approx(expected, abs=1e-6)
-
-
-def test_z_loss_adds_the_squared_log_normaliser():
-    logits = torch.zeros(1, 4) + 3.0  # log-normaliser: 3 + ln 4
-    expected = math.log(4) + 0.01 * (3 + math.log(4)) ** 2
-    assert token_losses(logits, torch.tensor([0]), z_loss=0.01).item() == pytest.approx(expected, abs=1e-6)
-
-
-def test_low_precision_logits_are_raised_to_float32_before_the_softmax():
-    logits = torch.randn(3, 101).bfloat16()
-    losses = token_losses(logits, torch.tensor([1, 2, 3]))
-    assert losses.dtype == torch.float32
-    torch.testing.assert_close(losses, token_losses(logits.float(), torch.tensor([1, 2, 3])))
 
 
 def test_label_smoothing_acts_on_shifted_targets(build, make_rows, collate):

@@ -1,0 +1,380 @@
+"""One optimiser step of supervised fine-tuning: this package beside TRL's SFTTrainer and transformers' Trainer.
+
+    python benchmarks/sft_step.py            # all cases, about 20 minutes on two cores
+    python benchmarks/sft_step.py --quick    # one round each, about 4 minutes
+
+The same random model (benchmarks/small_models.py), the same collated batches, the same labels, AdamW in float32. The
+trainers take turns, so that a busy machine slows all; the first losses must agree, or the comparison is refused. Peak
+memory is a process of its own, over what it held before the first step. Operations are those that torch's
+FlopCounterMode counts in one step; the floor runs each row by itself, without padding, with output rows only where a
+token is supervised and no graph for what is frozen.
+"""
+
+import io
+import logging
+import math
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import trl
+import typer
+from datasets import Dataset
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from tokenizers import Tokenizer, models
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl import SFTConfig, SFTTrainer
+
+from benchmarks.peak_memory import in_a_process, peak_mib
+from benchmarks.small_models import FamilyName, small_model
+from benchmarks.synthetic_rows import mixed_rows, picture_rows
+from processing.collators import PackedCollator, PaddedCollator
+from processing.encoded_example import EncodedExample
+from processing.packing import pack
+from trainers.arguments import StageArguments
+from trainers.families import find_parts
+from trainers.freezing import TrainedParts
+from trainers.multitask import QwenVLMultiTaskTrainer
+from trainers.sft import QwenVLSFTTrainer
+
+Collate = Callable[[Sequence[EncodedExample]], dict[str, Any]]
+
+STEPS = 3  # of a run; the first one, which allocates, is not timed
+BATCH = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """What all trainers have in common."""
+
+    family: FamilyName
+    tower_trains: bool
+    checkpointing: bool = False
+
+    @property
+    def name(self) -> str:
+        tower = "trained" if self.tower_trains else "frozen"
+        return f"{self.family}, tower {tower}" + (", checkpointing" if self.checkpointing else "")
+
+
+class StepClock(TrainerCallback):
+    """Seconds and CPU-seconds (of all threads) of each optimiser step, and the loss of the first."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
+        self.first_loss = math.nan
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.start, self.cpu_start = time.perf_counter(), time.process_time()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.seconds.append(time.perf_counter() - self.start)
+        self.cpu_seconds.append(time.process_time() - self.cpu_start)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs and math.isnan(self.first_loss):
+            self.first_loss = logs["loss"]
+
+
+def _settings(folder: str, case: Case, steps: int, batch: int) -> dict[str, Any]:
+    return {
+        "output_dir": folder,
+        "max_steps": steps,
+        "per_device_train_batch_size": batch,
+        "learning_rate": 1e-5,
+        "train_sampling_strategy": "sequential",
+        "activation_checkpointing": case.checkpointing,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "remove_unused_columns": False,
+    }
+
+
+def ours(
+    case: Case,
+    model: PreTrainedModel,
+    rows: Dataset,
+    collate: Collate,
+    folder: str,
+    steps: int = STEPS,
+    batch: int = BATCH,
+    adapter_alone: bool = False,
+    **settings: Any,
+) -> Trainer:
+    trainer = QwenVLMultiTaskTrainer if case.tower_trains else QwenVLSFTTrainer
+    arguments = StageArguments(**_settings(folder, case, steps, batch), tower_layer_decay=1.0, **settings)
+    trained = TrainedParts(("adapter",)) if adapter_alone else None
+    return trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, trained=trained)
+
+
+def _freeze_tower(case: Case, model: PreTrainedModel) -> None:
+    """As users do without this package: the tower's weights, and what is saved with them but never trains."""
+    parts = find_parts(model)
+    for name, parameter in model.named_parameters():
+        frozen = name in parts.constants or (not case.tower_trains and parts.part_of[name] == "tower")
+        parameter.requires_grad_(not frozen)
+
+
+def plain(case: Case, model: PreTrainedModel, rows: Dataset, collate: Collate, folder: str) -> Trainer:
+    _freeze_tower(case, model)
+    arguments = TrainingArguments(**_settings(folder, case, STEPS, BATCH))
+    return Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
+
+
+def stock_trl(case: Case, model: PreTrainedModel, rows: Dataset, collate: Collate, folder: str) -> Trainer:
+    _freeze_tower(case, model)
+    arguments = SFTConfig(
+        **_settings(folder, case, STEPS, BATCH), dataset_kwargs={"skip_prepare_dataset": True}, max_length=None
+    )
+    words = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
+    return SFTTrainer(
+        model=model, args=arguments, train_dataset=rows, data_collator=collate, processing_class=tokenizer
+    )
+
+
+TRAINERS: dict[str, Callable[..., Trainer]] = {"ours": ours, "TRL SFTTrainer": stock_trl, "Trainer": plain}
+
+
+def _by_number(numbered: Sequence[dict[str, int]], examples: Sequence[EncodedExample], collate: Collate) -> Any:
+    return collate([examples[row["row"]] for row in numbered])
+
+
+def _dataset(examples: Sequence[EncodedExample], collate: Collate) -> tuple[Dataset, Any]:
+    """TRL wants a `datasets.Dataset`: one of numbers, and a collator that knows what they stand for."""
+    return Dataset.from_dict({"row": list(range(len(examples)))}), partial(
+        _by_number, examples=examples, collate=collate
+    )
+
+
+def quietly_train(trainer: Trainer) -> StepClock:
+    clock = StepClock()
+    trainer.add_callback(clock)
+    trainer.remove_callback(PrinterCallback)
+    with redirect_stdout(io.StringIO()):
+        trainer.train()
+    return clock
+
+
+def run(name: str, case: Case) -> StepClock:
+    """A few steps, timed."""
+    rows, collate = _dataset(picture_rows(case.family, BATCH * STEPS), PaddedCollator(pad_token_id=0))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = TRAINERS[name](case, small_model(case.family), rows, collate, folder)
+        return quietly_train(trainer)
+
+
+def operations(name: str, case: Case) -> float:
+    """Of one step."""
+    rows, collate = _dataset(picture_rows(case.family, BATCH), PaddedCollator(pad_token_id=0))
+    with tempfile.TemporaryDirectory() as folder, FlopCounterMode(display=False) as counter:
+        trainer = TRAINERS[name](case, small_model(case.family), rows, collate, folder)
+        trainer.args.max_steps = 1
+        quietly_train(trainer)
+    return float(counter.get_total_flops())
+
+
+def floor(case: Case) -> float:
+    """Operations of the first step's rows, one by one, with nothing that could be left out."""
+    model = small_model(case.family)
+    _freeze_tower(case, model)
+    collate = PaddedCollator(pad_token_id=0)
+    with FlopCounterMode(display=False) as counter:
+        for example in picture_rows(case.family, BATCH):
+            row = collate([example])
+            next_BL = functional.pad(row.pop("labels")[:, 1:], (0, 1), value=-100)
+            predicts_BL = next_BL != -100
+            logits = model(**row, logits_to_keep=predicts_BL, use_cache=False).logits
+            functional.cross_entropy(logits, next_BL[predicts_BL]).backward()
+    return float(counter.get_total_flops())
+
+
+def memory(name: str, case: Case) -> float:
+    """MiB at the peak of two steps over what the process held before them. To be called in a process of its own."""
+    rows, collate = _dataset(picture_rows(case.family, BATCH * STEPS), PaddedCollator(pad_token_id=0))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = TRAINERS[name](case, small_model(case.family), rows, collate, folder)
+        trainer.args.max_steps = 2
+        before = peak_mib()
+        quietly_train(trainer)
+    return peak_mib() - before
+
+
+def compare(case: Case, rounds: int) -> Table:
+    clocks: dict[str, list[StepClock]] = {name: [] for name in TRAINERS}
+    for _ in track(range(rounds), description=f"{case.name}: time"):
+        for name in TRAINERS:
+            clocks[name].append(run(name, case))
+    losses = {name: of_name[0].first_loss for name, of_name in clocks.items()}
+    if max(losses.values()) - min(losses.values()) > 1e-3:
+        raise ValueError(f"The first losses differ, so the trainers do not do the same: {losses}")
+    peaks = {name: in_a_process(memory, name, case) for name in track(TRAINERS, description=f"{case.name}: memory")}
+    counted = {name: operations(name, case) for name in track(TRAINERS, description=f"{case.name}: operations")}
+    least = floor(case)
+    table = Table(title=case.name)
+    for heading in (
+        "trainer",
+        "s/step (range)",
+        "CPU-s/step",
+        "ours faster",
+        "peak, MiB (ours)",
+        "operations (floor 1)",
+    ):
+        table.add_column(heading, justify="left" if heading == "trainer" else "right")
+    # The first step allocates; it is left out.
+    seconds = {name: [statistics.median(clock.seconds[1:]) for clock in clocks[name]] for name in TRAINERS}
+    cpu = {name: statistics.median([s for clock in clocks[name] for s in clock.cpu_seconds[1:]]) for name in TRAINERS}
+    fastest = statistics.median(seconds["ours"])
+    for name in TRAINERS:
+        median = statistics.median(seconds[name])
+        table.add_row(
+            name,
+            f"{median:.2f} ({min(seconds[name]):.2f} to {max(seconds[name]):.2f})",
+            f"{cpu[name]:.2f}",
+            f"{median / fastest:.2f} x",
+            f"{peaks[name]:.0f} ({peaks['ours'] / peaks[name]:.2f})",
+            f"{counted[name] / 1e12:.3f} T ({counted[name] / least:.2f})",
+        )
+    return table
+
+
+def cached_epochs(family: FamilyName, adapter_alone: bool, rounds: int) -> tuple[float, float]:
+    """Median seconds of a step in the first epoch and in the second, whose tower features come from disk."""
+    case, steps = Case(family, tower_trains=False), 4
+    rows, collate = _dataset(picture_rows(family, BATCH * steps), PaddedCollator(pad_token_id=0))
+    first, second = [], []
+    for _ in track(range(rounds), description=f"{family}: feature cache"):
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = ours(
+                case,
+                small_model(family),
+                rows,
+                collate,
+                folder,
+                steps=2 * steps,
+                adapter_alone=adapter_alone,
+                feature_cache_dir=str(Path(folder) / "features"),
+            )
+            clock = quietly_train(trainer)
+        first.append(statistics.median(clock.seconds[1:steps]))
+        second.append(statistics.median(clock.seconds[steps:]))
+    return statistics.median(first), statistics.median(second)
+
+
+def packed_and_padded(family: FamilyName, rounds: int, count: int = 48, capacity: int = 1024) -> dict[str, float]:
+    """Useful tokens per second on rows of very different length: padded batches of eight, and filled rows."""
+    examples = mixed_rows(family, count)
+    lengths = [example.length for example in examples]
+    merge_size = 2 if family == "qwen2_5_vl" else None
+    padded = [list(range(start, start + 8)) for start in range(0, count, 8)]
+    plans: dict[str, tuple[list[list[int]], Collate]] = {
+        "padded": (padded, PaddedCollator(pad_token_id=0)),
+        "packed": (pack(lengths, capacity), PackedCollator(merge_size)),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in plans}
+    for _ in track(range(rounds), description=f"{family}: packing"):
+        for name, (batches, collate) in plans.items():
+            rows = Dataset.from_dict({"row": list(range(len(batches)))})
+            with tempfile.TemporaryDirectory() as folder:
+                trainer = ours(
+                    Case(family, tower_trains=False),
+                    small_model(family),
+                    rows,
+                    partial(_batch_of_numbers, batches=batches, examples=examples, collate=collate),
+                    folder,
+                    steps=len(batches),
+                    batch=1,
+                )
+                clock = quietly_train(trainer)
+            useful = sum(lengths[index] for batch in batches[1:] for index in batch)
+            rates[name].append(useful / sum(clock.seconds[1:]))
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def _batch_of_numbers(
+    numbered: Sequence[dict[str, int]],
+    batches: Sequence[Sequence[int]],
+    examples: Sequence[EncodedExample],
+    collate: Collate,
+) -> dict[str, Any]:
+    (row,) = numbered
+    return collate([examples[index] for index in batches[row["row"]]])
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="Runs of each trainer, in turn; medians are reported.")] = 5,
+    quick: Annotated[bool, typer.Option(help="One round: for a first look.")] = False,
+    checkpointing: Annotated[
+        bool, typer.Option(help="Also with activations recomputed in the backward pass.")
+    ] = False,
+) -> None:
+    logging.disable(logging.WARNING)
+    rounds = 1 if quick else rounds
+    console = Console(width=119)
+    started = (
+        f"{os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads, load "
+        f"{os.getloadavg()[0]:.1f}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"trl {trl.__version__}; batches of {BATCH} rows with one picture of 448 x 448; median of {rounds}"
+    )
+    families: tuple[FamilyName, ...] = ("qwen2_5_vl", "qwen_vl")
+    for family in families:
+        for tower_trains in (False, True):
+            console.print(compare(Case(family, tower_trains), rounds))
+        if checkpointing:
+            console.print(compare(Case(family, tower_trains=False, checkpointing=True), rounds))
+    table = Table("feature cache", "first epoch, s/step", "second", "faster")
+    for family in families:
+        for adapter_alone in (False, True):
+            first, second = cached_epochs(family, adapter_alone, rounds)
+            what = "adapter trains" if adapter_alone else "adapter and language model train"
+            table.add_row(f"{family}, {what}", f"{first:.2f}", f"{second:.2f}", f"{first / second:.2f} x")
+    console.print(table)
+    table = Table("rows of 40 to 800 tokens", "padded, useful tokens/s", "packed", "faster")
+    for family in families:
+        rates = packed_and_padded(family, rounds)
+        ratio = rates["packed"] / rates["padded"]
+        table.add_row(family, f"{rates['padded']:.0f}", f"{rates['packed']:.0f}", f"{ratio:.2f} x")
+    console.print(table)
+    console.print(started)
+
+
+if __name__ == "__main__":
+    typer.run(main)
