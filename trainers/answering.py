@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.utils import gather_object
 from PIL import Image
+from torch import nn
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalLoopOutput
@@ -25,7 +27,7 @@ class AnsweringMixin(Trainer):
     answers, writes all of them to `output_dir`/answers/step-000100.jsonl, and draws `generation.num_drawn` of them
     beside it (and in TensorBoard, where that is reported to).
 
-    Every process asks all questions: under DDP that is repeated work, under FSDP all must take part.
+    Under DDP each process asks its share; under FSDP and ZeRO-3 all ask everything, since every answer takes them all.
     """
 
     generation: GenerationEvaluation | None = None
@@ -36,12 +38,26 @@ class AnsweringMixin(Trainer):
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.generation is not None:
             model = self.accelerator.unwrap_model(self.model)
-            answers = self.generation.answers(model, self.processing_class)
+            answers = self._ask(model, self.generation)
             measured = self.generation.measure(answers)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
             if self.is_world_process_zero():
                 self._show(answers[: self.generation.num_drawn], answers)
         return output
+
+    def _ask(self, model: nn.Module, generation: GenerationEvaluation) -> list[Answer]:
+        """All answers, on every process; of those that are not drawn, without pictures where they travelled."""
+        count, rank = self.accelerator.num_processes, self.accelerator.process_index
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if count == 1 or is_sharded or len(generation.examples) < count:
+            return generation.answers(model, self.processing_class)
+        own = replace(generation, examples=generation.examples[rank::count]).answers(model, self.processing_class)
+        own = [
+            answer if rank + count * place < generation.num_drawn else replace(answer, pictures=())
+            for place, answer in enumerate(own)
+        ]
+        answers = dict(gather_object([(rank + count * place, answer) for place, answer in enumerate(own)]))
+        return [answers[place] for place in range(len(generation.examples))]
 
     def _show(self, drawn: Sequence[Answer], answers: Sequence[Answer]) -> None:
         name = f"step-{self.state.global_step:06d}"

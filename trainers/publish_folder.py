@@ -81,7 +81,9 @@ def build_folder(
         _rewrite(source, folder)
     elif kind == "model" and (source / FILE_LIST).is_file():
         # Checkpoints bear the names of the modules; what is published bears the names that others look for.
-        AutoModelForImageTextToText.from_pretrained(source, dtype="auto").save_pretrained(folder)
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto")
+        model._weight_conversions = None  # else transformers would write the names that it read
+        model.save_pretrained(folder)
         copy_processor(source, folder)
     else:
         for name in plan_upload(source).files:

@@ -7,7 +7,7 @@ overridden; loop, logging, evaluation and distribution are its own.
 import inspect
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,7 +29,9 @@ from transformers.trainer_utils import TrainOutput
 from processing.processing_qwenvl import QwenVLProcessor
 from trainers.answering import AnsweringMixin
 from trainers.arguments import StageArguments
+from trainers.blank_pictures import tower_in_every_forward
 from trainers.checkpoint_mixin import CheckpointMixin
+from trainers.cpu_sharding import CpuShardingMixin
 from trainers.evaluation import GenerationEvaluation
 from trainers.example_batches import ExampleCollator, at_stage_resolution
 from trainers.feature_cache import FeatureCache
@@ -42,7 +44,7 @@ from trainers.stages import Stage
 logger = logging.getLogger(__name__)
 
 
-class StageTrainer(AnsweringMixin, CheckpointMixin):
+class StageTrainer(CpuShardingMixin, AnsweringMixin, CheckpointMixin):
     """Trains one stage. Use a subclass; what is said here holds for all of them.
 
     Args:
@@ -128,7 +130,13 @@ class StageTrainer(AnsweringMixin, CheckpointMixin):
         self.monitor.restart()
         if self.is_world_process_zero():
             Console().print(self.freeze.table(f"stage {self.stage.name}: what trains"))
-        with self.freeze.tower_without_graph():
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        # Of text alone, tower and adapter get no gradient: where nothing else trains, there would be no backward pass.
+        only_vision = not any(self.freeze.count(part)[0] for part in ("language_model", "embeddings"))
+        with ExitStack() as during_training:
+            during_training.enter_context(self.freeze.tower_without_graph())
+            if is_sharded or only_vision:
+                during_training.enter_context(tower_in_every_forward(self.freeze.parts, is_sharded))
             return super().train(resume_from_checkpoint, **kwargs)
 
     def compute_loss(

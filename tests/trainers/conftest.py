@@ -211,6 +211,12 @@ def make_rows():
     return _make
 
 
+@pytest.fixture
+def row_of():
+    """row_of("qwen2_5_vl", seed, length, pictures=0) -> one row of that many text tokens and pictures."""
+    return _row
+
+
 @pytest.fixture(params=list(BUILDERS))
 def family(request) -> str:
     return request.param
