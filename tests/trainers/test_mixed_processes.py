@@ -1,7 +1,7 @@
 """Rows of text, pictures and video on two processes, one of which never has a picture: no hang, and the same weights.
 
 The recipes run as `torchrun -m trainers.train` runs them, but with the rows in their order: process 0 gets text alone,
-process 1 pictures and videos. One launch runs all cases, since importing torch is what takes time.
+process 1 pictures and videos. One launch runs several cases, since importing torch is what takes time.
 """
 
 import json
@@ -32,6 +32,7 @@ CASES = {
         f"parts={{tower: {{train: full, checkpointing: true}}, adapter: {{train: full}}, {CHECKPOINTED}}}"
     ],
 }
+SHARDED = ["parts.tower.train=full", "hardware.sharding=full"]
 PACKED = ["parts.tower.train=full", "data.packing=true", "data.max_length=200"]
 
 SCRIPT = """
@@ -50,8 +51,9 @@ for name, settings in json.load(open(sys.argv[1])):
         return inner(model, inputs, **kwargs)
     trainer.compute_loss = compute_loss
     trainer.train()
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    torch.save((seen, model.state_dict()), f"{sys.argv[2]}/{name}-{trainer.args.process_index}.pt")
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # under FSDP whole, on process 0 alone
+    weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    torch.save((seen, weights), f"{sys.argv[2]}/{name}-{trainer.args.process_index}.pt")
 """
 
 
@@ -112,20 +114,34 @@ def on_two_processes(settings, tmp_path_factory):
     return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)] for name in cases}
 
 
+def assert_like_one_process(weights, settings, overrides):
+    trainer = build_trainer(load_recipe("cpu_demo", settings(overrides, 1)))
+    trainer.args.train_sampling_strategy = "sequential"
+    trainer.train()
+    alone = trainer.model.state_dict()
+    assert alone.keys() == weights.keys()
+    for name, weight in alone.items():
+        torch.testing.assert_close(weights[name], weight, atol=5e-5, rtol=0, msg=name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_give_the_weights_of_one_though_one_has_no_pictures(on_two_processes, settings, case):
     (seen_0, weights_0), (seen_1, weights_1) = on_two_processes[case]
     assert seen_0 == [[]] * 6
     assert seen_1 == [["pixel_values"], ["pixel_values_videos"]] * 3
-    trainer = build_trainer(load_recipe("cpu_demo", settings(CASES[case], 1)))
-    trainer.args.train_sampling_strategy = "sequential"
-    trainer.train()
-    alone = trainer.model.state_dict()
-    assert alone.keys() == weights_0.keys()
-    for name, weight in alone.items():
-        assert torch.equal(weights_0[name], weights_1[name]), name
-        torch.testing.assert_close(weights_0[name], weight, atol=5e-5, rtol=0, msg=name)
+    assert all(torch.equal(weights_0[name], weights_1[name]) for name in weights_0)
+    assert_like_one_process(weights_0, settings, CASES[case])
+
+
+@pytest.mark.slow
+def test_where_weights_are_sharded_text_alone_gets_a_blank_picture_and_nothing_else_changes(settings, tmp_path):
+    """Without it, process 1 gathers the tower's weights while process 0 gathers the language model's."""
+    launch([("sharded", settings(SHARDED, 2))], tmp_path)
+    (seen_0, weights), (seen_1, _) = (torch.load(tmp_path / f"sharded-{rank}.pt") for rank in (0, 1))
+    assert seen_0 == [["pixel_values"]] * 6
+    assert seen_1 == [["pixel_values"], ["pixel_values_videos"]] * 3
+    assert_like_one_process(weights, settings, ["parts.tower.train=full"])
 
 
 @pytest.mark.slow
