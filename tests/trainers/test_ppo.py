@@ -56,7 +56,7 @@ def test_padding_changes_no_advantage_whatever_values_stand_there():
     rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.25]])
     alone, returns = generalized_advantages(rewards, values, torch.ones(1, 2), gamma=0.9, lam=0.7)
     padded, padded_returns = generalized_advantages(
-        torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([[0.5, 0.25, 99.0]]), torch.tensor([[1, 1, 0]]), 0.9, 0.7
+        torch.tensor([[0.0, 1.0, 77.0]]), torch.tensor([[0.5, 0.25, 99.0]]), torch.tensor([[1, 1, 0]]), 0.9, 0.7
     )
     torch.testing.assert_close(padded[:, :2], alone)
     torch.testing.assert_close(padded_returns[:, :2], returns)
