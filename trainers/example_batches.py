@@ -13,7 +13,6 @@ from processing.example import Example, RowError
 from processing.length import LengthPolicy, has_dynamic_resolution, with_max_pixels
 from processing.processing_qwenvl import QwenVLProcessor
 from processing.supervision import Supervision
-from trainers.blank_picture import BlankPictureCollator
 from trainers.stages import Stage
 
 
@@ -48,7 +47,7 @@ def at_stage_resolution(
     return with_max_pixels(processor, resolution**2)
 
 
-class ExampleCollator(BlankPictureCollator):
+class ExampleCollator:
     """Encodes Examples and makes a padded batch of them; for `DataLoader(collate_fn=...)`, also in workers.
 
     The stage's label style replaces the example's own: "plain" needs one prompt and one answer. With `max_length`, in
@@ -65,7 +64,7 @@ class ExampleCollator(BlankPictureCollator):
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         encoded = [self.supervise(self._in_style(example)) for example in examples]
         # LengthPolicy refuses by default; only with the step "drop" would there be None.
-        return self.collate(self.with_picture([example for example in encoded if example is not None]))
+        return self.collate([example for example in encoded if example is not None])
 
     def _in_style(self, example: Any) -> Example:
         if not isinstance(example, Example):

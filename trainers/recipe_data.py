@@ -15,7 +15,6 @@ from processing.mixing import Mixture
 from processing.rows import read_rows
 from processing.sampling import PackedBatchSampler
 from processing.supervision import Supervision
-from trainers.blank_picture import BlankPictureCollator
 from trainers.recipes import DataFile, Recipe
 from trainers.stages import Stage
 
@@ -85,14 +84,14 @@ class PackedRows(Dataset):
         return [example for example in encoded if example is not None]
 
 
-@dataclass
-class PackedRowsCollator(BlankPictureCollator):
+@dataclass(frozen=True)
+class PackedRowsCollator:
     """Joins the sequences of a batch into one row: `PackedCollator` keeps their examples apart anyway."""
 
     collator: PackedCollator
 
     def __call__(self, sequences: Sequence[Sequence[EncodedExample]]) -> dict[str, Any]:
-        return self.collator(self.with_picture([example for sequence in sequences for example in sequence]))
+        return self.collator([example for sequence in sequences for example in sequence])
 
 
 def _read(file: DataFile, recipe: Recipe, stage: Stage, supervise: Supervision) -> list[Example]:

@@ -29,7 +29,6 @@ from transformers.trainer_utils import TrainOutput
 from processing.processing_qwenvl import QwenVLProcessor
 from trainers.answering import AnsweringMixin
 from trainers.arguments import StageArguments
-from trainers.blank_picture import BlankPictureCollator, blank_picture
 from trainers.blank_pictures import tower_in_every_forward
 from trainers.checkpoint_mixin import CheckpointMixin
 from trainers.cpu_sharding import CpuShardingMixin
@@ -118,8 +117,6 @@ class StageTrainer(CpuShardingMixin, AnsweringMixin, CheckpointMixin):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.saw_pictures = False
-        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and isinstance(data_collator, BlankPictureCollator):
-            data_collator.blank = blank_picture(processing_class)
         if self.stage.label_style == "chat" and isinstance(processing_class, QwenVLProcessor):
             # Its tokenizer's end token is <|endoftext|>, but the answers of this stage end with <|im_end|>.
             base.generation_config.eos_token_id = processing_class.stop_token_ids

@@ -9,9 +9,7 @@ from processing.example import Example, RowError, Source
 from processing.processing_families import load_processor
 from processing.rows import read_rows
 from trainers.arguments import StageArguments
-from trainers.blank_picture import blank_picture
 from trainers.example_batches import ExampleCollator, at_stage_resolution
-from trainers.loss import supervised_loss
 from trainers.multitask import QwenVLMultiTaskTrainer
 from trainers.pretrain import QwenVLPretrainTrainer
 from trainers.sft import QwenVLSFTTrainer
@@ -146,27 +144,3 @@ def test_a_resolution_beside_a_data_collator_is_refused(build, collate, tmp_path
     args = StageArguments(str(tmp_path), use_cpu=True, resolution=224)
     with pytest.raises(ValueError, match="resolution=224 and max_length=None say how Examples become batches"):
         QwenVLSFTTrainer(build("qwen_vl"), args, train_dataset=[], data_collator=collate)
-
-
-@pytest.mark.parametrize("family", ["qwen_vl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-def test_a_blank_picture_goes_into_batches_of_text_alone_and_has_no_loss(loaded, family):
-    model, processor = loaded(family)
-    collate = ExampleCollator(processor, SFT)
-    text = Example([{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}])
-    picture = {"type": "image", "image": Image.new("RGB", (8, 8))}
-    shown = Example([{"role": "user", "content": [picture]}, {"role": "assistant", "content": "Black."}])
-    plain, mixed = collate([text]), collate([text, shown])
-    assert "pixel_values" not in plain
-
-    collate.blank = blank_picture(processor)
-    assert torch.equal(collate([text, shown])["input_ids"], mixed["input_ids"])
-    batch = collate([text])
-    assert (batch["input_ids"][1] == processor.image_token_id).sum() == 4
-    assert (batch["labels"][1] == -100).all()
-
-    loss, _ = supervised_loss(model, batch)
-    torch.testing.assert_close(loss, supervised_loss(model, plain)[0])
-    loss.backward()
-    gradients = [p.grad for name, p in model.named_parameters() if "visual" in name and p.grad is not None]
-    assert gradients, "the tower takes no part"
-    assert not any(gradient.any() for gradient in gradients)
