@@ -86,14 +86,14 @@ def tree_layout(input_ids_NL: Tensor, attention_mask_NL: Tensor, labels_NL: Tens
         branch = [torch.zeros(prompt, dtype=torch.long)]
         count = prompt
         for number, (row, places) in enumerate(zip(rows, columns, strict=True), start=1):
+            if not scored[row].any():
+                continue
             if not torch.equal(input_ids_NL[row, places[:prompt]], prompt_ids):
                 raise ValueError(
                     f"Rows {rows[0]} and {row} belong to group {group}, but their prompts of {prompt} tokens differ: "
                     "only completions of one prompt, with the same pictures, can share a tree."
                 )
             place_NL[row, places[:prompt]] = torch.arange(prompt, device=place_NL.device)
-            if not scored[row].any():
-                continue
             # The last scored token is predicted, but predicts nothing.
             own = places[prompt : int(scored[row, places].nonzero()[-1])]
             place_NL[row, own] = torch.arange(count, count + len(own), device=place_NL.device)

@@ -119,3 +119,75 @@ def test_the_prompt_of_a_tree_runs_through_the_language_model_once(build, groups
     model(**batch_of(groups(family)), fused_lm_head=True)
     # The longest: 2 + 2 x 6 + 5 of the prompt, and its completions without their last tokens.
     assert [tuple(shape[:2]) for shape in seen] == [(3, 19 + 1 + 6 + 3)]
+
+
+@pytest.mark.parametrize("layout", ["rows", "tree"])
+def test_tokens_that_are_not_scored_are_read_all_the_same(build, groups, layout):
+    model = build("qwen2_5_vl")
+    made = groups("qwen2_5_vl")
+    wanted = torch.cat(plain_logps(model, made))
+    add_completion_head(model, layout)
+    batch = batch_of(made)
+    is_scored = batch["labels"] != -100
+    order = is_scored.long().cumsum(1)
+    # Of the first row not its first two tokens, of the third not its only two, of the fourth not one in the middle.
+    left_out = torch.zeros_like(is_scored)
+    left_out[0] = order[0] <= 2
+    left_out[2] = True
+    left_out[3] = order[3] == 3
+    left_out &= is_scored
+    assert left_out.sum().item() == 2 + 2 + 1
+    batch["labels"] = batch["labels"].masked_fill(left_out, -100)
+    logps = model(**batch, fused_lm_head=True).log_probs
+    stays = ~left_out[is_scored]
+    torch.testing.assert_close(logps[is_scored[:, 1:]][stays], wanted[stays], atol=1e-5, rtol=0)
+    assert not logps[left_out[:, 1:]].any()
+
+
+@pytest.mark.parametrize("layout", ["rows", "tree"])
+def test_nothing_scored_gives_zeros_that_still_have_a_graph(build, groups, layout):
+    model = build("qwen_vl")
+    add_completion_head(model, layout)
+    batch = batch_of(groups("qwen_vl"))
+    batch["labels"].fill_(-100)
+    logps = model(**batch, fused_lm_head=True).log_probs
+    assert not logps.any()
+    logps.sum().backward()
+
+
+def test_a_tree_of_different_prompts_is_refused(build, groups):
+    model = build("qwen_vl")
+    add_completion_head(model, "tree")
+    batch = batch_of(groups("qwen_vl"))
+    batch["input_ids"][1, 0] += 1
+    with pytest.raises(ValueError, match="Rows 0 and 1 belong to group 0, but their prompts of 11 tokens differ"):
+        model(**batch, fused_lm_head=True)
+
+
+def test_a_tree_under_flash_attention_is_refused_and_rows_are_not_asked(build, groups):
+    model = build("qwen2_5_vl")
+    add_completion_head(model, "tree")
+    model.config.text_config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="'flash_attention_2' attention does not take: load the model with"):
+        model(**batch_of(groups("qwen2_5_vl")), fused_lm_head=True)
+
+
+def test_under_eager_attention_a_tree_is_the_same(build, groups):
+    model = build("qwen2_5_vl")
+    made = groups("qwen2_5_vl")
+    wanted = torch.cat(plain_logps(model, made))
+    model.set_attn_implementation("eager")
+    add_completion_head(model, "tree")
+    batch = batch_of(made)
+    logps = model(**batch, fused_lm_head=True).log_probs
+    torch.testing.assert_close(logps[batch["labels"][:, 1:] != -100], wanted, atol=1e-5, rtol=0)
+
+
+def test_videos_are_refused_and_other_calls_go_the_way_they_went(build, groups, make_rows, collate):
+    model = build("qwen2_5_vl")
+    batch = collate(make_rows("qwen2_5_vl", 2))
+    before = model(**batch).loss
+    add_completion_head(model, "tree")
+    assert torch.equal(model(**batch).loss, before)
+    with pytest.raises(ValueError, match="Videos cannot be shared"):
+        model(**batch_of(groups("qwen2_5_vl")), pixel_values_videos=torch.zeros(1), fused_lm_head=True)
