@@ -20,6 +20,7 @@ from rich.table import Table
 
 from examples.handwriting.lesson import Lesson, Taught
 from examples.handwriting.progress import make_progress
+from examples.handwriting.publishing import publish_demo
 from examples.handwriting.recipe import LONG, SHORT, Recipe
 from examples.handwriting.report import report
 from examples.handwriting.results import BLIND, MOMENTS, Run
@@ -46,7 +47,8 @@ def main(
     ] = 1,
 ) -> None:
     """Teach a small Qwen-VL to read handwritten digits, from nothing, and report what it learned."""
-    run_demo(output, RECIPES[recipe], minutes, range(seeds))
+    first, *_ = run_demo(output, RECIPES[recipe], minutes, range(seeds))
+    publish_demo(output, RECIPES[recipe], first.run, first.model_dir)
 
 
 def run_demo(output: Path, recipe: Recipe, minutes: float | None = None, seeds: Sequence[int] = (0,)) -> list[Taught]:

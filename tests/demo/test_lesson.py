@@ -10,11 +10,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from examples.handwriting.demo import run_demo
 from examples.handwriting.digits import TEST_FORMS, digits_of
+from examples.handwriting.publishing import publish_demo
 from examples.handwriting.recipe import SHORT, StageRecipe
 from examples.handwriting.report import report
 from examples.handwriting.results import BLIND, MOMENTS
 from examples.handwriting.scoring import TASKS
 from processing.coordinates import Box
+from trainers.publish_record import read_record
 
 SCENES, HELD_OUT, STEPS = 23, 5, 2
 
@@ -144,3 +146,17 @@ def test_on_a_machine_ten_times_as_slow_steps_are_left_out_to_keep_the_time(done
     assert lesson.in_time(SHORT.multitask).steps == round(SHORT.multitask.steps * 100 / (10 * sum(seconds)))
     lesson.slowness = 100 / sum(seconds)
     assert lesson.in_time(SHORT.multitask).steps == SHORT.multitask.steps
+
+
+@pytest.mark.slow
+def test_the_taught_model_ends_as_a_dry_run_of_publishing_with_a_card_of_what_was_measured(done, capsys):
+    folder, taught = done
+    found = publish_demo(folder, SHORT, taught.run, taught.model_dir)
+    assert found.comparison.largest_difference == 0.0
+    assert {"README.md", "model.safetensors", "modeling_qwenvl.py"} <= set(found.plan.files)
+    card = (folder / "published" / "README.md").read_text()
+    score = taught.run.scores["stage 3"]["grounding"]
+    assert f"| {score.mean:.4g} | {score.right} of {HELD_OUT} held-out pictures right" in card
+    assert "from 0 to 999" in card
+    assert read_record(folder).metrics[0].value == taught.run.scores["stage 3"]["caption"].mean
+    assert "To send it: qwenvl upload" in capsys.readouterr().out
