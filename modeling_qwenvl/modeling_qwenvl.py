@@ -35,7 +35,10 @@ from .vision_qwenvl import QwenVLVisionModel, patch_grid
 def _sub_model(config: PreTrainedConfig) -> PreTrainedModel:
     # Ours by their type and not by their config's class: of a local folder with its code, transformers imports the
     # configs once for the config and once more for the model, and AutoModel knows the second ones only.
-    own = {QwenVLVisionConfig.model_type: QwenVLVisionModel, QwenVLTextConfig.model_type: QwenVLTextModel}
+    own: dict[str, type[PreTrainedModel]] = {
+        QwenVLVisionConfig.model_type: QwenVLVisionModel,
+        QwenVLTextConfig.model_type: QwenVLTextModel,
+    }
     model_class = own.get(config.model_type)
     return AutoModel.from_config(config) if model_class is None else model_class._from_config(config)
 

@@ -13,6 +13,8 @@ from transformers.training_args import ParallelMode
 class CpuShardingMixin(Trainer):
     """Put before a Trainer. With `args.fsdp` on several CPU processes it shards as it would on GPUs (slowly: gloo)."""
 
+    is_fsdp_enabled: bool
+
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         if self.args.fsdp and not self.is_fsdp_enabled:
