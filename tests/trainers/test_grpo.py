@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 import modeling_qwenvl  # noqa: F401 (registers the model)
@@ -217,6 +217,30 @@ def test_lora_with_a_reference_gives_what_trl_gives(load, tmp_path):
     assert losses(ours) == pytest.approx(losses(stock), abs=1e-5)
     assert losses(ours, "kl")[-1] > 0
     assert_close(weights(ours.model), weights(stock.model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_lora_on_a_4_bit_model_trains_only_the_adapter_in_its_own_dtype(load, model_folder, tmp_path, beta):
+    model = AutoModelForImageTextToText.from_pretrained(
+        model_folder("qwen2_5_vl"),
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_compute_dtype=torch.float32,
+            llm_int8_skip_modules=["model.visual", "lm_head"],
+        ),
+        device_map="cpu",
+    )
+    regex = r"model\.language_model\..*\.(q|v)_proj"
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=regex))
+    arguments = settings(GRPOConfig, tmp_path, beta=beta)
+    trainer = QwenVLGRPOTrainer(wrapped, [REWARD], arguments, examples((0, 1, 2)), load("qwen2_5_vl")[1])
+    before = weights(wrapped)
+    trainer.train()
+    changed = {name for name, p in wrapped.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name, p in wrapped.named_parameters() if p.requires_grad}
+    assert all(".lora_" in name and ".default." in name for name in changed)
+    assert {wrapped.get_parameter(name).dtype for name in changed} == {torch.float32}
 
 
 class Counter:
