@@ -1,25 +1,21 @@
 """One optimiser step of supervised fine-tuning: this package beside TRL's SFTTrainer and transformers' Trainer.
 
-    python benchmarks/sft_step.py            # all cases, about 20 minutes on two cores
-    python benchmarks/sft_step.py --quick    # one round each, about 4 minutes
+    python -m benchmarks.sft_step            # all cases, about 20 minutes on two cores
+    python -m benchmarks.sft_step --quick    # one round each, about 4 minutes
 
 The same random model (benchmarks/small_models.py), the same collated batches, the same labels, AdamW in float32. The
 trainers take turns, so that a busy machine slows all; the first losses must agree, or the comparison is refused. Peak
-memory is a process of its own, over what it held before the first step. Operations are those that torch's
-FlopCounterMode counts in one step; the floor runs each row by itself, without padding, with output rows only where a
-token is supervised and no graph for what is frozen.
+memory is a process of its own: the most that the second step holds over what was there before it (weights and AdamW's
+states). Operations are those that torch's FlopCounterMode counts in one step; the floor runs each row by itself,
+without padding, with output rows only where a token is supervised and no graph for what is frozen.
 """
 
-import io
 import logging
-import math
 import os
 import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,17 +35,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    PrinterCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.peak_memory import in_a_process, peak_mib
-from benchmarks.small_models import FamilyName, small_model
+from benchmarks.peak_memory import in_a_process
+from benchmarks.small_models import VOCABULARY, FamilyName, small_model
+from benchmarks.step_clock import StepClock, quietly_train
 from benchmarks.synthetic_rows import mixed_rows, picture_rows
 from processing.collators import PackedCollator, PaddedCollator
 from processing.encoded_example import EncodedExample
@@ -73,42 +66,12 @@ class Case:
     family: FamilyName
     tower_trains: bool
     checkpointing: bool = False
+    vocabulary: int = VOCABULARY
 
     @property
     def name(self) -> str:
         tower = "trained" if self.tower_trains else "frozen"
         return f"{self.family}, tower {tower}" + (", checkpointing" if self.checkpointing else "")
-
-
-class StepClock(TrainerCallback):
-    """Seconds and CPU-seconds (of all threads) of each optimiser step, and the loss of the first."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.cpu_seconds: list[float] = []
-        self.first_loss = math.nan
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.start, self.cpu_start = time.perf_counter(), time.process_time()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.seconds.append(time.perf_counter() - self.start)
-        self.cpu_seconds.append(time.process_time() - self.cpu_start)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs and math.isnan(self.first_loss):
-            self.first_loss = logs["loss"]
 
 
 def _settings(folder: str, case: Case, steps: int, batch: int) -> dict[str, Any]:
@@ -185,28 +148,19 @@ def _dataset(examples: Sequence[EncodedExample], collate: Collate) -> tuple[Data
     )
 
 
-def quietly_train(trainer: Trainer) -> StepClock:
-    clock = StepClock()
-    trainer.add_callback(clock)
-    trainer.remove_callback(PrinterCallback)
-    with redirect_stdout(io.StringIO()):
-        trainer.train()
-    return clock
-
-
 def run(name: str, case: Case) -> StepClock:
     """A few steps, timed."""
-    rows, collate = _dataset(picture_rows(case.family, BATCH * STEPS), PaddedCollator(pad_token_id=0))
+    rows, collate = _dataset(picture_rows(case.family, BATCH * STEPS, case.vocabulary), PaddedCollator(pad_token_id=0))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = TRAINERS[name](case, small_model(case.family), rows, collate, folder)
+        trainer = TRAINERS[name](case, small_model(case.family, case.vocabulary), rows, collate, folder)
         return quietly_train(trainer)
 
 
 def operations(name: str, case: Case) -> float:
     """Of one step."""
-    rows, collate = _dataset(picture_rows(case.family, BATCH), PaddedCollator(pad_token_id=0))
+    rows, collate = _dataset(picture_rows(case.family, BATCH, case.vocabulary), PaddedCollator(pad_token_id=0))
     with tempfile.TemporaryDirectory() as folder, FlopCounterMode(display=False) as counter:
-        trainer = TRAINERS[name](case, small_model(case.family), rows, collate, folder)
+        trainer = TRAINERS[name](case, small_model(case.family, case.vocabulary), rows, collate, folder)
         trainer.args.max_steps = 1
         quietly_train(trainer)
     return float(counter.get_total_flops())
@@ -214,11 +168,11 @@ def operations(name: str, case: Case) -> float:
 
 def floor(case: Case) -> float:
     """Operations of the first step's rows, one by one, with nothing that could be left out."""
-    model = small_model(case.family)
+    model = small_model(case.family, case.vocabulary)
     _freeze_tower(case, model)
     collate = PaddedCollator(pad_token_id=0)
     with FlopCounterMode(display=False) as counter:
-        for example in picture_rows(case.family, BATCH):
+        for example in picture_rows(case.family, BATCH, case.vocabulary):
             row = collate([example])
             next_BL = functional.pad(row.pop("labels")[:, 1:], (0, 1), value=-100)
             predicts_BL = next_BL != -100
@@ -228,14 +182,11 @@ def floor(case: Case) -> float:
 
 
 def memory(name: str, case: Case) -> float:
-    """MiB at the peak of two steps over what the process held before them. To be called in a process of its own."""
-    rows, collate = _dataset(picture_rows(case.family, BATCH * STEPS), PaddedCollator(pad_token_id=0))
+    """MiB at the peak of the second step over what the process held before it. For a process of its own."""
+    rows, collate = _dataset(picture_rows(case.family, BATCH * STEPS, case.vocabulary), PaddedCollator(pad_token_id=0))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = TRAINERS[name](case, small_model(case.family), rows, collate, folder)
-        trainer.args.max_steps = 2
-        before = peak_mib()
-        quietly_train(trainer)
-    return peak_mib() - before
+        trainer = TRAINERS[name](case, small_model(case.family, case.vocabulary), rows, collate, folder)
+        return quietly_train(trainer, watches_memory=True).peaks[1]
 
 
 def compare(case: Case, rounds: int) -> Table:
@@ -243,7 +194,7 @@ def compare(case: Case, rounds: int) -> Table:
     for _ in track(range(rounds), description=f"{case.name}: time"):
         for name in TRAINERS:
             clocks[name].append(run(name, case))
-    losses = {name: of_name[0].first_loss for name, of_name in clocks.items()}
+    losses = {name: of_name[0].losses[0] for name, of_name in clocks.items()}
     if max(losses.values()) - min(losses.values()) > 1e-3:
         raise ValueError(f"The first losses differ, so the trainers do not do the same: {losses}")
     peaks = {name: in_a_process(memory, name, case) for name in track(TRAINERS, description=f"{case.name}: memory")}

@@ -33,9 +33,9 @@ def picture_row(
     return EncodedExample(ids, labels, mm_token_type_ids=is_picture, vision=flat if pictures else {})
 
 
-def picture_rows(family: FamilyName, count: int) -> list[EncodedExample]:
+def picture_rows(family: FamilyName, count: int, vocabulary: int = VOCABULARY) -> list[EncodedExample]:
     """One picture and 40 tokens of prompt each, answers of 30 to 90 tokens."""
-    return [picture_row(family, 40, 30 + 20 * (number % 4), seed=number) for number in range(count)]
+    return [picture_row(family, 40, 30 + 20 * (number % 4), number, vocabulary=vocabulary) for number in range(count)]
 
 
 def mixed_rows(family: FamilyName, count: int, seed: int = 0) -> list[EncodedExample]:
