@@ -37,9 +37,11 @@ def tower_in_every_forward(parts: ModelParts, is_sharded: bool) -> Iterator[None
         # Not the module's mode: a frozen language model is in evaluation mode while the rest trains.
         if had_picture or is_continued or not (is_sharded or torch.is_grad_enabled()):
             return args, kwargs
-        blank = parts.base.get_image_features(**blank_inputs(parts), return_dict=True).pooler_output
+        blank = parts.base.get_image_features(**blank_inputs(parts), return_dict=True)
         ran = False
-        nothing = sum((features.float().mean() * 0 for features in blank), torch.zeros(()))
+        # Qwen3-VL: what its further mergers give, for each of their layers and each picture.
+        deep = [features for layer in blank.get("deepstack_features") or () for features in layer]
+        nothing = sum((features.float().mean() * 0 for features in (*blank.pooler_output, *deep)), torch.zeros(()))
         embeds = kwargs["inputs_embeds"]
         return args, {**kwargs, "inputs_embeds": embeds + nothing.to(embeds.device, embeds.dtype)}
 

@@ -160,3 +160,9 @@ def test_boxes_of_a_conversation_are_in_original_pixels(saved, answering):
     answering("<box>(0,0),(500,500)</box><|im_end|>")
     conversation = Conversation.load(str(saved / "model"), [Image.new("RGB", (40, 20))])
     assert conversation.ask("where?").shapes == (Box(0, 0, 20, 10),)
+
+
+def test_a_chat_about_nothing_is_refused(saved):
+    result = CliRunner().invoke(app, ["chat", "--model", str(saved / "model"), "--question", "What?"])
+    assert result.exit_code == 2
+    assert "give --image or --video" in " ".join(result.output.split())

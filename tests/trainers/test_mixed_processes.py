@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from trainers.blank_pictures import tower_in_every_forward
+from trainers.families import find_parts
 from trainers.recipe_reading import load_recipe
 from trainers.train import build_trainer
 
@@ -150,3 +152,18 @@ def test_packed_rows_train_on_two_processes(on_two_processes):
     (seen_0, weights_0), (seen_1, weights_1) = on_two_processes["packed"]
     assert len(seen_0) == len(seen_1) == 6
     assert all(torch.equal(weights_0[name], weights_1[name]) for name in weights_0)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_a_batch_of_text_reaches_every_weight_of_the_vision_parts_with_a_gradient_of_zero(build, family):
+    """A weight without any gradient on one process would be left out of what the others add up (Qwen3-VL's further
+    mergers)."""
+    model = build(family)
+    parts = find_parts(model)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with tower_in_every_forward(parts, is_sharded=True):
+        model(input_ids=ids, mm_token_type_ids=torch.zeros_like(ids), labels=ids).loss.backward()
+    for part in ("tower", "adapter"):
+        for name, weight in parts.parameters(part):
+            assert weight.grad is not None, name
+            assert not weight.grad.any(), name
