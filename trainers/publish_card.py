@@ -93,7 +93,7 @@ def model_card(record: RunRecord, name: str, kind: Kind, convention: Convention,
     )
     link = f"[{record.base_model}](https://huggingface.co/{record.base_model})"
     start = "from nothing" if record.base_model is None else f"from {link}"
-    parts = ", ".join(f"{part.replace('_', ' ')}: {how}" for part, how in record.trained.items())
+    parts = "; ".join(f"{part.replace('_', ' ')}: {how}" for part, how in record.trained.items())
     owner = "This model's" if record.base_model is None else f"The base model's ({record.base_model})"
     sections = [
         f"# {name.rsplit('/', 1)[-1]}",

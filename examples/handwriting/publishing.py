@@ -53,7 +53,7 @@ def demo_record(recipe: Recipe, run: Run) -> RunRecord:
     return RunRecord(
         base_model=None,
         base_license="Apache-2.0",
-        stage=LAST,
+        stage="sft",
         trained={stage.name: stage.trained for stage in run.stages},
         train_data=tuple(
             DataSource(f"{stage.name}: {stage.learned_from}", stage.different, f"{stage.seen:,} with repetitions")

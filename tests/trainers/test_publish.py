@@ -110,7 +110,7 @@ def test_the_card_says_where_the_model_comes_from_and_what_was_measured_how():
     for piece in (
         "| rows.jsonl | 12 | grey squares |",
         "| loss | 1.25 | 12 held-out rows, after step 3 |",
-        "tower: frozen, language model: lora",
+        "tower: frozen; language model: lora",
         "| steps | 3 of 4 rows |",
         "The base model's (Qwen/Qwen2.5-VL-7B-Instruct) licence: apache-2.0.",
         "pixels of the picture as the model sees it",
