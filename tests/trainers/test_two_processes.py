@@ -8,16 +8,25 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, set_seed
+from trl import GRPOConfig
 
+from processing.example import Example, Source
+from processing.processing_families import load_processor
 from trainers.arguments import StageArguments
+from trainers.dpo import QwenVLDPOTrainer
+from trainers.dpo_arguments import DPOArguments
+from trainers.grpo import QwenVLGRPOTrainer
 from trainers.multitask import QwenVLMultiTaskTrainer
 from trainers.pretrain import QwenVLPretrainTrainer
 from trainers.recipe_reading import load_recipe
+from trainers.rewards import RewardTerm
 from trainers.sft import QwenVLSFTTrainer
 from trainers.train import train
 
@@ -34,6 +43,10 @@ SETTINGS = {
     "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "report_to": "none", "tower_layer_decay": 1.0,
     "train_sampling_strategy": "sequential", "dataloader_pin_memory": False,
 }  # fmt: skip
+PREFERENCE_SETTINGS = {name: value for name, value in SETTINGS.items() if name != "tower_layer_decay"} | {
+    "learning_rate": 1.0,
+    "activation_checkpointing": False,
+}
 
 # argv: folder, "ddp" or "fsdp", the cases.
 SCRIPT = """
@@ -131,6 +144,95 @@ def test_a_stage_under_fsdp2_equals_one_process_and_its_save_reloads_in_one(fsdp
     assert set(shards) == {"DTensor"}  # it was sharded, and not copied
     loaded = AutoModelForImageTextToText.from_pretrained(fsdp / "-".join(case))
     assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in weights.items())
+
+
+PREFERENCE_SCRIPT = """
+import sys
+tests, folder, *models = sys.argv[1:]
+sys.path.insert(0, tests)
+import torch
+import test_two_processes as here
+
+for number, model in enumerate(models):
+    trainer = here.make_dpo_trainer(model, f"{folder}/{number}", batch=1)
+    trainer.train()
+    if trainer.is_world_process_zero():
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        torch.save((losses, trainer.accelerator.unwrap_model(trainer.model).state_dict()), f"{folder}/{number}.pt")
+"""
+
+
+def make_dpo_trainer(folder, output, batch):
+    rows = []
+    for number in range(8):
+        picture = [{"type": "image", "image": Image.new("RGB", (8, 8), (30 * number,) * 3)}] * (number % 2)
+        content = [*picture, {"type": "text", "text": "How bright?" + "?" * number}]
+        rows.append(
+            Example(
+                [{"role": "user", "content": content}],
+                kind="preference",
+                chosen=[{"role": "assistant", "content": f"{number} of 255"}],
+                rejected=[{"role": "assistant", "content": "dark" * (number % 3 + 1)}],
+            )
+        )
+    set_seed(0)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    arguments = DPOArguments(str(output), per_device_train_batch_size=batch, bf16=False, **PREFERENCE_SETTINGS)
+    return QwenVLDPOTrainer(model, arguments, rows, processing_class=load_processor(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["dpo", "grpo"])
+def test_preference_training_under_ddp_equals_one_process_with_the_same_global_batch(
+    model_folder, tmp_path, algorithm
+):
+    make_trainer = {"dpo": make_dpo_trainer, "grpo": make_grpo_trainer}[algorithm]
+    (tmp_path / "script.py").write_text(PREFERENCE_SCRIPT.replace("make_dpo_trainer", make_trainer.__name__))
+    folders = [str(model_folder(family)) for family in FAMILIES]
+    launch(tmp_path / "script.py", str(Path(__file__).parent), tmp_path, *folders)
+    for number, folder in enumerate(folders):
+        losses, weights = torch.load(tmp_path / f"{number}.pt")
+        trainer = make_trainer(folder, tmp_path / "alone", batch=2)
+        before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+        trainer.train()
+        assert losses == pytest.approx([e["loss"] for e in trainer.state.log_history if "loss" in e], abs=1e-4)
+        for name, weight in trainer.model.state_dict().items():
+            torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-4, msg=name)
+        assert max((weights[name] - weight).abs().max() for name, weight in before.items()) > 1e-2
+
+
+G = 3  # completions per prompt
+
+
+class InjectedGRPO(QwenVLGRPOTrainer):
+    """GRPO on completions that the prompt and the place in its group decide, whichever process writes them."""
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        end = self._tokenizer.convert_tokens_to_ids("<|im_end|>")
+        seeds = [zlib.crc32(f"{len(ids)} {place % G}".encode()) for place, ids in enumerate(prompt_ids)]
+        made = [[65 + (seed >> shift) % 23 for shift in range(1 + seed % 7)] + [end] for seed in seeds]
+        return made, None
+
+
+def spread(completion_ids, **_):
+    """A reward that every completion gets another value of."""
+    return [sum(ids) % 17 / 17 + len(ids) / 10 for ids in completion_ids]
+
+
+def make_grpo_trainer(folder, output, batch):
+    rows = []
+    for number in range(8):
+        picture = [{"type": "image", "image": Image.new("RGB", (8, 8), (30 * number,) * 3)}] * (number % 2)
+        content = [*picture, {"type": "text", "text": "How bright" + "?" * number}]
+        source = Source("rows.jsonl", number + 1)
+        rows.append(Example([{"role": "user", "content": content}], kind="reward", solution="1", source=source))
+    set_seed(0)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    arguments = GRPOConfig(
+        str(output), per_device_train_batch_size=batch * G, num_generations=G, max_completion_length=9, bf16=False,
+        **{name: value for name, value in PREFERENCE_SETTINGS.items() if name != "train_sampling_strategy"},
+    )  # fmt: skip
+    return InjectedGRPO(model, [RewardTerm("spread", function=spread)], arguments, rows, load_processor(folder))
 
 
 RECIPE_SCRIPT = """
