@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,18 +49,22 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from benchmarks.peak_memory import in_a_process, peak_mib
 from benchmarks.small_models import IMAGE_ID, VOCABULARY, FamilyName, small_model
 from benchmarks.synthetic_rows import picture_row
 from trainers.completion_batch import CompletionGroup, collate_groups
+from trainers.completion_logps import add_completion_head
 from trainers.dpo import QwenVLDPOTrainer
 from trainers.dpo_arguments import DPOArguments
 from trainers.families import find_parts
 from trainers.freezing import PARTS, TrainedParts
+from trainers.picture_memory import PictureMemory
 
 SMALL_VOCABULARY = 1024
 STEPS = 3  # of a run; the first one, which allocates, is not timed
+GROUP = 8  # completions of a prompt in GRPO
 PROMPT_TEXT, COMPLETION = 40, 60  # tokens; with its picture the prompt has 298
 OURS, TRL = "ours", "TRL"
 
@@ -118,13 +123,13 @@ class StepClock(TrainerCallback):
             self.losses.append(logs["loss"])
 
 
-def preference_groups(case: Case, count: int) -> list[CompletionGroup]:
-    """A picture and 40 tokens, and two answers of 60."""
+def groups_of(completions: int, case: Case, count: int) -> list[CompletionGroup]:
+    """A picture and 40 tokens, and so many completions of 60."""
     groups = []
     for seed in range(count):
-        row = picture_row(case.family, PROMPT_TEXT, 2 * COMPLETION, seed, vocabulary=case.vocabulary)
-        prompt, *completions = row.input_ids.split([row.length - 2 * COMPLETION, COMPLETION, COMPLETION])
-        groups.append(CompletionGroup(prompt, tuple(completions), tuple(completions), row.vision, num_pictures=1))
+        row = picture_row(case.family, PROMPT_TEXT, completions * COMPLETION, seed, vocabulary=case.vocabulary)
+        prompt, *rest = row.input_ids.split([row.length - completions * COMPLETION, *[COMPLETION] * completions])
+        groups.append(CompletionGroup(prompt, tuple(rest), tuple(rest), row.vision, num_pictures=1))
     return groups
 
 
@@ -135,7 +140,7 @@ def _repeated(groups: Sequence[CompletionGroup], case: Case) -> Callable[[list[d
         batch = collate_groups([groups[row["images"]] for row in rows], pad_token_id=0, order="completion")
         del batch["group_of_row"], batch["num_pictures"]
         for key in {"pixel_values", "image_grid_thw"} & set(batch):
-            batch[key] = torch.cat([batch[key]] * 2)
+            batch[key] = torch.cat([batch[key]] * (len(batch["input_ids"]) // len(rows)))
         if case.family != "qwen_vl":
             batch["mm_token_type_ids"] = (batch["input_ids"] == case.vocabulary + IMAGE_ID).int()
         return batch
@@ -173,7 +178,7 @@ def our_dpo(case: Case, folder: str) -> Trainer:
     return QwenVLDPOTrainer(
         small_model(case.family, case.vocabulary),
         DPOArguments(**_settings(folder)),
-        preference_groups(case, STEPS),
+        groups_of(2, case, STEPS),
         processing_class=_processor(),
         trained=case.trained,
     )
@@ -182,7 +187,7 @@ def our_dpo(case: Case, folder: str) -> Trainer:
 def trl_dpo(case: Case, folder: str) -> Trainer:
     model, reference = small_model(case.family, case.vocabulary), small_model(case.family, case.vocabulary)
     _freeze(model, case)
-    groups = preference_groups(case, STEPS)
+    groups = groups_of(2, case, STEPS)
     return DPOTrainer(
         model,
         reference,
@@ -200,6 +205,36 @@ def _freeze(model: PreTrainedModel, case: Case) -> None:
         parameter.requires_grad_(name not in parts.constants and parts.part_of[name] in case.trained.parts)
 
 
+class ScoreAndUpdate(Trainer):
+    """What GRPO does with a group of sampled completions: the old policy scores them, the current one learns. The
+    heads and the batches decide how; the gradient is that of GRPO's first update (arXiv 2402.03300, equation 3)."""
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        mask = inputs.pop("completion_mask")
+        inputs["labels"] = inputs["input_ids"].masked_fill(mask == 0, -100)
+        with torch.no_grad():
+            old = model(**inputs, fused_lm_head=True).log_probs
+        new = model(**inputs, fused_lm_head=True).log_probs
+        advantages = torch.linspace(-1, 1, len(new))[:, None]
+        return -(advantages * (new - old).exp().detach() * new * mask[:, 1:]).sum() / mask.sum()
+
+
+def _score_and_update(case: Case, folder: str, ours: bool) -> Trainer:
+    model, groups = small_model(case.family, case.vocabulary), groups_of(GROUP, case, STEPS)
+    _freeze(model, case)
+    if ours:
+        add_completion_head(model, outputs=("log_probs", "entropy"), memory=PictureMemory(model))
+    else:
+        add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    rows = Dataset.from_dict({"images": list(range(len(groups)))})
+    collate = partial(_unique, groups=groups) if ours else _repeated(groups, case)
+    return ScoreAndUpdate(model, TrainingArguments(**_settings(folder)), collate, rows)
+
+
+def _unique(rows: list[dict[str, int]], groups: Sequence[CompletionGroup]) -> dict[str, Tensor]:
+    return collate_groups([groups[row["images"]] for row in rows], pad_token_id=0)
+
+
 @dataclass(frozen=True)
 class Algorithm:
     """What is compared. `trainers`: ours and TRL's. `groups`: their rows. `num_scoring`: how many models, besides the
@@ -211,7 +246,16 @@ class Algorithm:
     num_scoring: int
 
 
-ALGORITHMS = {"dpo": Algorithm("DPO", {OURS: our_dpo, TRL: trl_dpo}, preference_groups, num_scoring=1)}
+ALGORITHMS = {
+    "dpo": Algorithm("DPO", {OURS: our_dpo, TRL: trl_dpo}, partial(groups_of, 2), num_scoring=1),
+    # The heads and batches of both trainers, without sampling, rewards and logs.
+    "grpo": Algorithm(
+        f"GRPO, scoring and update of {GROUP} completions",
+        {OURS: partial(_score_and_update, ours=True), TRL: partial(_score_and_update, ours=False)},
+        partial(groups_of, GROUP),
+        num_scoring=1,
+    ),
+}
 
 
 def run(build: Callable[[Case, str], Trainer], case: Case, count: bool = False) -> tuple[float, list[float], float]:
