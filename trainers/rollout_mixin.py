@@ -5,10 +5,8 @@ every forward pass, and spreads a group over micro-batches. Here a dataset row i
 encoded once per batch of rollouts, generated from once, and its group stays together and is scored as one.
 """
 
-import logging
 from collections.abc import Sequence
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,14 +21,13 @@ from processing.example import Example, RowError
 from processing.pictures import ANYTHING, PictureLimits
 from trainers.completion_layout import LayoutName
 from trainers.completion_logps import add_completion_head
-from trainers.completions_page import Completed, completions_page
 from trainers.families import unwrap
 from trainers.freezing import TrainedParts
 from trainers.optimizer import LearningRates
 from trainers.parts_mixin import PartsMixin, checkpointing_kept, freeze_for_preferences
 from trainers.rewards import RewardTerm, reads_solutions
+from trainers.rollout_display import RolloutDisplayMixin
 from trainers.rollout_sampler import EpochRepeatSampler
-from trainers.rollout_watch import RolloutWatch
 from trainers.rollouts import (
     Prompt,
     check_processor,
@@ -45,11 +42,10 @@ from trainers.rollouts import (
 )
 from trainers.tower_memory import TowerMemory
 
-logger = logging.getLogger(__name__)
 SCORES = ("log_probs", "entropy", "state_values")
 
 
-class RolloutMixin(PartsMixin):
+class RolloutMixin(RolloutDisplayMixin, PartsMixin):
     """Put before CheckpointMixin and TRL's trainer. A frozen tower sees each picture once per batch of rollouts.
 
     Args:
@@ -100,9 +96,10 @@ class RolloutMixin(PartsMixin):
         self.learning_rates = learning_rates
         base = self.freeze.parts.base
         stops = base.generation_config.eos_token_id = stop_token_ids(base, processing_class.tokenizer)
-        forbidden = forbidden_token_ids(base, processing_class)
+        given = args.generation_kwargs or {}
+        forbidden = sorted({*forbidden_token_ids(base, processing_class), *given.get("suppress_tokens", ())})
         if args.use_vllm:
-            args.generation_kwargs = {"logit_bias": dict.fromkeys(forbidden, -100.0), **(args.generation_kwargs or {})}
+            args.generation_kwargs = {"logit_bias": dict.fromkeys(forbidden, -100.0), **given}
         # TRL would load the reference from the folder that the model came from, if it came from one.
         beta = args.beta
         copies_reference = beta != 0 and not is_peft and not args.sync_ref_model
@@ -138,12 +135,11 @@ class RolloutMixin(PartsMixin):
             self.generation_config.update(**own)
             self.generation_kwargs.update(own)
         self.tower_memory = TowerMemory(self.freeze)
-        self.watch = RolloutWatch()
         self.layout = layout
         self._scored: dict[str, Tensor] = {}
         self._prompts: list[Prompt] = []  # of the rows that are being generated or scored
         self._rewards: Tensor = torch.empty(0)
-        self._shown: list[Completed] = []
+        self._completions: list[list[dict[str, str]]] = []
 
     def _prepared_reference(self, base: PreTrainedModel, layout: LayoutName) -> nn.Module:
         reference = deepcopy(base).requires_grad_(False).eval()
@@ -187,7 +183,14 @@ class RolloutMixin(PartsMixin):
         with checkpointing_kept(self.model):
             output = self._finish(super()._generate_and_score_completions(_columns(self._prompts)))
         output["prompts"] = self._prompts
-        self._look_at(output)
+        scores = self._local_scores().nan_to_num().view(-1, size)
+        self._warn(scores, output["completion_mask"])
+        if self.log_completions:
+            rewards = self._local_rewards()
+            names = self.reward_func_names
+            self._keep(
+                self._prompts, self._completions, names, rewards, output["advantages"], output["completion_mask"]
+            )
         return output
 
     def _encode(self, example: Example) -> Prompt:
@@ -210,10 +213,14 @@ class RolloutMixin(PartsMixin):
         args = self.args
         return args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
 
+    def _local_rewards(self) -> Tensor:
+        """(N, functions), of this process's completions; NaN where a function does not apply."""
+        first = self.accelerator.process_index * len(self._prompts)
+        return self._rewards[first : first + len(self._prompts)]
+
     def _local_scores(self) -> Tensor:
         """(N,) weighted sums of this process's rewards; NaN where no function applies."""
-        first = self.accelerator.process_index * len(self._prompts)
-        rewards = self._rewards[first : first + len(self._prompts)]
+        rewards = self._local_rewards()
         scores = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         return scores.masked_fill(rewards.isnan().all(dim=1), torch.nan)
 
@@ -242,8 +249,9 @@ class RolloutMixin(PartsMixin):
         tokenizer, stops = self.processing_class.tokenizer, self.eos_token_ids
         return [[{"role": "assistant", "content": text_before_stop(ids, tokenizer, stops)}] for ids in completion_ids]
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        self._rewards = super()._calculate_rewards(*args, **kwargs)
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids: Any) -> Tensor:
+        self._completions = completions
+        self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
         return self._rewards
 
     # --- Scoring ---
@@ -289,38 +297,6 @@ class RolloutMixin(PartsMixin):
             # Made by the head: what it was not asked for is absent.
             outputs.append({name: output[name] for name in SCORES if name in output})
         return {name: torch.cat([part[name][:, -logits_to_keep:] for part in outputs]) for name in outputs[0]}
-
-    # --- Seeing it ---
-
-    def _look_at(self, output: dict[str, Any]) -> None:
-        scores = self._local_scores().nan_to_num().view(-1, self._group_size)
-        lengths = output["completion_mask"].sum(dim=1)
-        if self.model.training:
-            for message in self.watch.observe(scores.tolist(), float(lengths.float().mean())):
-                logger.warning("Step %d: %s", self.state.global_step + 1, message)
-        if self.log_completions:
-            first = self.accelerator.process_index * len(self._prompts)
-            rewards = self._rewards[first : first + len(self._prompts)]
-            texts = [m[0]["content"] for m in self._as_messages(output["completion_ids"].tolist())]
-            advantages = output["advantages"]
-            if advantages.ndim == 2:  # PPO's, per token
-                advantages = advantages.sum(dim=1) / lengths.clamp(min=1)
-            self._shown = [
-                Completed(prompt, text, dict(zip(self.reward_func_names, values, strict=True)), advantage)
-                for prompt, text, values, advantage in zip(
-                    self._prompts, texts, rewards.tolist(), advantages.tolist(), strict=True
-                )
-            ]
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log(logs, start_time)
-        if self._shown and self.is_world_process_zero():
-            folder = Path(self.args.output_dir) / "completions"
-            folder.mkdir(parents=True, exist_ok=True)
-            title = f"Step {self.state.global_step}"
-            page = completions_page(self._shown, title)
-            (folder / f"step-{self.state.global_step:06d}.html").write_text(page, encoding="utf-8")
-            self._shown = []
 
 
 def _check_arguments(args: Any, num_prompts: int) -> None:

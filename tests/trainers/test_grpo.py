@@ -346,9 +346,12 @@ def test_tokens_of_vision_and_ids_without_text_are_never_sampled(load, tmp_path,
     head.bias.data[len(processor.tokenizer) :] = 1e4
     assert forbidden
     assert len(head.bias) > len(processor.tokenizer)
-    output = rollout(QwenVLGRPOTrainer(model, [REWARD], settings(GRPOConfig, tmp_path), examples(), processor))
+    head.bias.data[200] = 1e4
+    arguments = settings(GRPOConfig, tmp_path, generation_kwargs={"suppress_tokens": [200]})  # the user's own
+    output = rollout(QwenVLGRPOTrainer(model, [REWARD], arguments, examples(), processor))
     sampled = set(output["completion_ids"][output["completion_mask"].bool()].tolist())
     assert sampled
+    assert 200 not in sampled
     assert not sampled & forbidden
     assert max(sampled) < len(processor.tokenizer)
 
