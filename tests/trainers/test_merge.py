@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
@@ -194,3 +195,22 @@ def test_the_processor_is_the_one_that_was_trained_with(tmp_path, trained, in_ad
         "from": "adapter" if in_adapter else "base"
     }
     assert (tmp_path / "merged" / "chat_template.jinja").is_file() == in_adapter
+
+
+def test_a_whole_tower_comes_along(tmp_path, build):
+    """Trained beside LoRA by another program: recipes train the tower whole or the language model with LoRA."""
+    build("qwen2_5_vl").save_pretrained(tmp_path / "base")
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=r"model\.language_model\..*\.q_proj", modules_to_save=["model.visual"])
+    model = get_peft_model(base, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.25
+    model.save_pretrained(tmp_path / "adapter")
+    report = merge(tmp_path / "adapter", tmp_path / "merged")
+    before = AutoModelForImageTextToText.from_pretrained(tmp_path / "base").state_dict()
+    after = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").state_dict()
+    tower = {name for name in before if ".visual." in name}
+    assert {name for name, kind in report.fate.items() if kind == "replaced"} == tower
+    for name in tower:
+        torch.testing.assert_close(after[name], before[name] + 0.25)
