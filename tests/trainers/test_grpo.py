@@ -15,13 +15,14 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 import modeling_qwenvl  # noqa: F401 (registers the model)
 from processing.example import Example, RowError, Source
 from processing.processing_families import load_processor
+from trainers.completion_logps import add_completion_head
 from trainers.families import find_parts
 from trainers.freezing import TrainedParts, freeze
 from trainers.grpo import QwenVLGRPOTrainer
 from trainers.reward_solution import text_of
 from trainers.rewards import RewardTerm
 from trainers.rloo import QwenVLRLOOTrainer
-from trainers.rollouts import VISION_TOKENS
+from trainers.rollouts import VISION_TOKENS, grouped, scoring_fields
 
 FAMILIES = ["qwen_vl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 PARTS = TrainedParts(("adapter", "language_model", "embeddings"))
@@ -327,6 +328,33 @@ def test_a_group_gets_the_same_samples_whoever_is_in_the_batch(load, tmp_path):
         QwenVLGRPOTrainer(model, [term], arguments, examples((0, 1, 2, 2, 0, 1)), processor).train()
     assert len(spoken) == 6
     assert all(len(texts) == 1 for texts in spoken.values())
+
+
+@pytest.mark.parametrize("layout", ["tree", "rows"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_sampled_as_likeliest_is_likeliest_where_it_is_scored(load, tmp_path, family, layout):
+    model, processor = load(family)
+    arguments = settings(GRPOConfig, tmp_path, per_device_train_batch_size=3 * G, top_k=1)
+    rows = examples((0, 1, 2, 1, 1, 1))
+    trainer = QwenVLGRPOTrainer(model, [REWARD], arguments, rows, processor, layout=layout)
+    trainer.model.train()
+    output = trainer._generate_and_score_completions([{"row": row} for row in (0, 1, 2) for _ in range(G)])
+    add_completion_head(model, layout, outputs=("log_probs", "is_top1"))
+    ids, mask = output["completion_ids"], output["completion_mask"]
+    attention = torch.cat([output["prompt_mask"], mask], dim=1)
+    input_ids = torch.cat([output["prompt_ids"], ids], dim=1)
+    labels = input_ids.masked_fill(attention == 0, -100)
+    labels[:, : -ids.shape[1]] = -100
+    scored = model(
+        input_ids=input_ids,
+        attention_mask=attention,
+        labels=labels,
+        fused_lm_head=True,
+        **scoring_fields(grouped(output["prompts"]), ids.device),
+    )
+    is_top1 = scored.is_top1[:, -ids.shape[1] :][mask.bool()]
+    # The head's padding and visual tokens may be likelier, but are never sampled.
+    assert is_top1.float().mean() > 0.8
 
 
 def rollout(trainer):
