@@ -224,8 +224,9 @@ def _which_reference(
 
 
 def _is_fresh(model: PeftModel) -> bool:
-    """Whether the adapter changes nothing yet: LoRA begins with B = 0."""
-    return all(not bool(p.any()) for name, p in model.named_parameters() if "lora_B" in name)
+    """Whether the adapter is LoRA that changes nothing yet: it begins with B = 0."""
+    second_factors = [parameter for name, parameter in model.named_parameters() if "lora_B" in name]
+    return bool(second_factors) and not any(bool(factor.any()) for factor in second_factors)
 
 
 def _copy_of(model: PreTrainedModel, shares_frozen: bool) -> PreTrainedModel:

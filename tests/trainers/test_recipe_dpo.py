@@ -104,7 +104,7 @@ def test_checkpointing_is_of_the_parts_that_ask_for_it():
         (["optimizer.label_smoothing=0.1"], "belong to next-token losses"),
         (["data.packing=true"], "no data.packing"),
         (["run.feature_cache_dir=x"], "not for stage dpo"),
-        (["run.answers=3", "run.evaluate_every=1", "data.validation=[{path: x.jsonl}]"], "preference rows have two"),
+        (["run.answers=3", "run.evaluate_every=1", "data.validation=[{path: x.jsonl}]"], "rows of stage dpo have not"),
         (["model.attention=flash_attention_2"], "needs a dense mask"),
         (["preference.losses=[dpo]"], "preference.losses.0 is 'dpo'"),
         (["preference.bta=0.1"], "Nearest: preference.beta"),
