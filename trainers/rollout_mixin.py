@@ -26,16 +26,16 @@ from trainers.freezing import TrainedParts
 from trainers.optimizer import LearningRates
 from trainers.parts_mixin import PartsMixin, checkpointing_kept, freeze_for_preferences
 from trainers.rewards import RewardTerm, reads_solutions
+from trainers.rollout_checks import check_arguments, check_processor, check_rows
 from trainers.rollout_display import RolloutDisplayMixin
 from trainers.rollout_sampler import EpochRepeatSampler
 from trainers.rollouts import (
     Prompt,
-    check_processor,
-    check_rows,
     encode_prompt,
     forbidden_token_ids,
     generation_fields,
     grouped,
+    reward_columns,
     scoring_fields,
     stop_token_ids,
     text_before_stop,
@@ -89,7 +89,7 @@ class RolloutMixin(RolloutDisplayMixin, PartsMixin):
         held_out = list(eval_dataset or [])
         check_processor(processing_class)
         check_rows([*train_dataset, *held_out], reads_solutions(self.reward_terms))
-        _check_arguments(args, len(train_dataset))
+        check_arguments(args, len(train_dataset))
         self.examples = [*train_dataset, *held_out]
         is_peft = isinstance(model, PeftModel)
         self.freeze = freeze_for_preferences(model, trained, is_peft)
@@ -181,7 +181,7 @@ class RolloutMixin(RolloutDisplayMixin, PartsMixin):
         progress = self.state.global_step / max(1, self.state.max_steps)
         self.reward_weights = torch.tensor([term.weight_at(progress) for term in self.reward_terms])
         with checkpointing_kept(self.model):
-            output = self._finish(super()._generate_and_score_completions(_columns(self._prompts)))
+            output = self._finish(super()._generate_and_score_completions(reward_columns(self._prompts)))
         output["prompts"] = self._prompts
         scores = self._local_scores().nan_to_num().view(-1, size)
         self._warn(scores, output["completion_mask"])
@@ -299,40 +299,5 @@ class RolloutMixin(RolloutDisplayMixin, PartsMixin):
         return {name: torch.cat([part[name][:, -logits_to_keep:] for part in outputs]) for name in outputs[0]}
 
 
-def _check_arguments(args: Any, num_prompts: int) -> None:
-    if args.per_device_train_batch_size % args.num_generations:
-        raise ValueError(
-            f"per_device_train_batch_size={args.per_device_train_batch_size} completions do not hold whole groups of "
-            f"num_generations={args.num_generations}: a group stays in one micro-batch, so make it a multiple (and "
-            "gradient_accumulation_steps smaller)."
-        )
-    prompts_per_batch = args.generation_batch_size // args.num_generations
-    if num_prompts < prompts_per_batch:
-        raise ValueError(
-            f"{num_prompts} prompts do not fill a batch of {prompts_per_batch}, and TRL leaves out what does not: "
-            "give more rows, or lower per_device_train_batch_size or gradient_accumulation_steps."
-        )
-    if args.reward_weights is not None:
-        raise ValueError("reward_weights: weights and schedules stand in the RewardTerms.")
-    if args.remove_unused_columns:
-        raise ValueError("remove_unused_columns=True would drop the rows' numbers: leave it.")
-
-
 def _numbered(first: int, count: int) -> Dataset:
     return Dataset.from_dict({"row": list(range(first, first + count))})
-
-
-def _columns(prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-    """What TRL hands to reward functions, by row: ours, and the columns that any of the rows brought along."""
-    names = {name: None for prompt in prompts for name in prompt.example.columns}
-    return [
-        {
-            **{name: prompt.example.columns.get(name) for name in names},
-            "prompt": prompt.messages,
-            "solution": prompt.example.solution,
-            "task": prompt.example.task,
-            "pictures": prompt.pictures,
-            "reader": prompt.reader,
-        }
-        for prompt in prompts
-    ]

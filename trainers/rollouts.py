@@ -15,9 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from processing.document_parsing import check_markup
 from processing.example import Example, Message, RowError
-from processing.grounding_mixin import GroundingMixin
 from processing.pictures import ANYTHING, PictureLimits, load_picture
 from processing.special_tokens import (
     IM_END,
@@ -30,7 +28,7 @@ from processing.special_tokens import (
     VISION_PAD,
     VISION_START,
 )
-from trainers.reward_solution import AnswerReader, read_solution
+from trainers.reward_solution import AnswerReader
 
 VISION_TOKENS = (IMG_START, IMG_END, IMGPAD, VISION_START, VISION_END, VISION_PAD, IMAGE_PAD, VIDEO_PAD)
 
@@ -92,43 +90,6 @@ def encode_prompt(example: Example, processor: Any, limits: PictureLimits = ANYT
     )
 
 
-def check_rows(examples: Sequence[Any], reads_solutions: bool) -> None:
-    """Refuses (ValueError) what cannot be sampled and scored, by row.
-
-    reads_solutions: whether a reward of the table compares with `solution`, which then must be of a kind it knows.
-    """
-    if not examples:
-        raise ValueError("There are no rows to sample from: give Examples of kind 'reward'.")
-    for example in examples:
-        if not isinstance(example, Example):
-            raise ValueError(
-                f"The dataset holds a {type(example).__name__}: it must be a list of Examples of kind 'reward' "
-                "(processing.rows.read_rows makes them of rows with problem and solution)."
-            )
-        if example.kind != "reward" or example.style != "chat":
-            raise RowError(example.source, f"kind {example.kind!r} and style {example.style!r}: need 'reward', 'chat'")
-        if example.weight != 1.0:
-            raise RowError(
-                example.source, f"weight {example.weight:g} has no meaning for sampled answers: leave it out"
-            )
-        if reads_solutions:
-            try:
-                solution = read_solution(example.solution)
-            except ValueError as error:
-                raise RowError(example.source, str(error)) from error
-            if solution.html is not None:
-                check_markup(solution.html, f"{example.source.where}: solution")
-
-
-def check_processor(processor: Any) -> None:
-    """Refuses (ValueError) a processor that cannot read boxes back."""
-    if not isinstance(processor, GroundingMixin):
-        raise ValueError(
-            f"{type(processor).__name__} cannot read boxes out of answers: load it with "
-            "processing.processing_families.load_processor."
-        )
-
-
 def stop_token_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
     """Ids that end an answer: the model's and the tokenizer's own, and the chat's end token if the vocabulary has it.
 
@@ -178,6 +139,22 @@ def scoring_fields(groups: Sequence[tuple[Prompt, int]], device: torch.device) -
         **_joined(unique),
     }
     return {name: value.to(device) for name, value in fields.items()}
+
+
+def reward_columns(prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    """What TRL hands to reward functions, by row: ours, and the columns that any of the rows brought along."""
+    names = {name: None for prompt in prompts for name in prompt.example.columns}
+    return [
+        {
+            **{name: prompt.example.columns.get(name) for name in names},
+            "prompt": prompt.messages,
+            "solution": prompt.example.solution,
+            "task": prompt.example.task,
+            "pictures": prompt.pictures,
+            "reader": prompt.reader,
+        }
+        for prompt in prompts
+    ]
 
 
 def _joined(prompts: Sequence[Prompt]) -> dict[str, Tensor]:
