@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from rich.table import Table
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -69,6 +70,11 @@ def freeze(model: nn.Module, trained: TrainedParts) -> "Freeze":
         )
     for name, parameter in parts.base.named_parameters():
         parameter.requires_grad_(trains[name])
+    for module in parts.base.modules():
+        if isinstance(module, Linear4bit):
+            # On some CPUs a layer in evaluation mode is packed for inference, for good and with rounded scales, and
+            # lets no gradient through any more: one evaluation would end the training.
+            module.support_avx512bf16_for_cpu = False
     return Freeze(parts, trains)
 
 

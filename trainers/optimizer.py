@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import bitsandbytes
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from transformers import Trainer
 from transformers.pytorch_utils import Conv1D
 
 from trainers.families import ModelParts, find_parts
@@ -132,3 +134,17 @@ def parameter_groups(model: nn.Module, rates: LearningRates, weight_decay: float
     grouped = [id(p) for group in groups for p in group["params"]]
     assert len(grouped) == len(set(grouped)) == len(trainable)
     return groups
+
+
+def build_optimizer(trainer: Trainer, model: nn.Module, rates: LearningRates) -> torch.optim.Optimizer:
+    """What `trainer.args.optim` names, on the groups of `parameter_groups`.
+
+    Raises ValueError, besides `parameter_groups`, for an optimizer that makes its own groups.
+    """
+    args = trainer.args
+    optimizer_class, settings = trainer.get_optimizer_cls_and_kwargs(args, model)
+    if not isinstance(optimizer_class, type) or {"params", "model", "optimizer_dict"} & set(settings):
+        raise ValueError(f"optim={args.optim} makes its own parameter groups: choose a plain optimizer.")
+    if optimizer_class.__module__.startswith("bitsandbytes"):
+        keep_embeddings_in_32_bits(model)
+    return optimizer_class(parameter_groups(model, rates, args.weight_decay), **settings)

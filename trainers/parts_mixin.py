@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from rich.console import Console
 from torch import nn
 from transformers import Trainer
@@ -15,18 +14,13 @@ from transformers.trainer_utils import TrainOutput
 
 from trainers.families import PARTS
 from trainers.freezing import Freeze, TrainedParts, freeze
-from trainers.optimizer import LearningRates, keep_embeddings_in_32_bits, parameter_groups
+from trainers.optimizer import LearningRates, build_optimizer
 from trainers.stages import SFT
 
 
 def freeze_for_preferences(model: nn.Module, trained: TrainedParts | None, is_peft: bool) -> Freeze:
     """Freezes `model` as `trained` says. Without it: of a PeftModel trains what PEFT made trainable, of a bare model
     what trains in SFT (all but the tower)."""
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            # On some CPUs a layer in evaluation mode is packed for inference, for good and with rounded scales, and
-            # lets no gradient through any more: one pass of the reference would end the training.
-            module.support_avx512bf16_for_cpu = False
     return freeze(model, trained or TrainedParts(PARTS if is_peft else SFT.parts))
 
 
@@ -55,13 +49,8 @@ class PartsMixin(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             model = self.model if model is None else model
-            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-            if not isinstance(optimizer_class, type) or {"params", "model", "optimizer_dict"} & set(settings):
-                raise ValueError(f"optim={self.args.optim} makes its own parameter groups: choose a plain optimizer.")
             rates = self.learning_rates or LearningRates(self.args.learning_rate, tower_layer_decay=1.0)
-            self.optimizer = optimizer_class(parameter_groups(model, rates, self.args.weight_decay), **settings)
-            if optimizer_class.__module__.startswith("bitsandbytes"):
-                keep_embeddings_in_32_bits(model)
+            self.optimizer = build_optimizer(self, model, rates)
         return self.optimizer
 
 

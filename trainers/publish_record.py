@@ -17,7 +17,7 @@ from trainers.recipes import Recipe
 RECIPE_FILE = "recipe.yaml"
 RECORD_FILE = "run_record.json"
 DATA_FILE = "data.json"
-# Licences of models that people start from, for where the model's own card is out of reach. The card has the last word.
+# Licences of models that people start from, for where the model's own card, which has the last word, is out of reach.
 LICENSES = {
     "Qwen/Qwen-VL": "Tongyi Qianwen LICENSE AGREEMENT",
     "Qwen/Qwen-VL-Chat": "Tongyi Qianwen LICENSE AGREEMENT",

@@ -38,7 +38,7 @@ from trainers.feature_cache import FeatureCache
 from trainers.freezing import TrainedParts, freeze
 from trainers.loss import supervised_loss, weight_of
 from trainers.monitoring import StepMonitor
-from trainers.optimizer import keep_embeddings_in_32_bits, parameter_groups
+from trainers.optimizer import build_optimizer
 from trainers.stages import Stage
 
 logger = logging.getLogger(__name__)
@@ -181,13 +181,7 @@ class StageTrainer(CpuShardingMixin, AnsweringMixin, CheckpointMixin):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             model = self.model if model is None else model
-            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-            if not isinstance(optimizer_class, type) or {"params", "model", "optimizer_dict"} & set(settings):
-                raise ValueError(f"optim={self.args.optim} makes its own parameter groups: choose a plain optimizer.")
-            groups = parameter_groups(model, self.args.learning_rates, self.args.weight_decay)
-            self.optimizer = optimizer_class(groups, **settings)
-            if optimizer_class.__module__.startswith("bitsandbytes"):
-                keep_embeddings_in_32_bits(model)
+            self.optimizer = build_optimizer(self, model, self.args.learning_rates)
         return self.optimizer
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from trainers.families import find_parts, unwrap
+from trainers.families import PARTS, find_parts, unwrap
 from trainers.freezing import TrainedParts, freeze
 from trainers.lora import (
     add_lora,
@@ -304,6 +304,25 @@ def test_qlora_learns_on_the_cpu_and_leaves_frozen_dtypes_alone(tmp_path, quanti
     model.save_pretrained(tmp_path / "adapter")
     with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
         assert not any("quant" in name for name in file.keys())  # noqa: SIM118 -- not a dict
+
+
+def test_an_evaluation_leaves_a_model_in_four_bits_as_it_was(quantized, make_rows, collate, family):
+    # On CPUs with AVX512-BF16, bitsandbytes would pack its layers for inference, for good.
+    batch = collate(make_rows(family, 2))
+    model = add_lora(quantized, lora_recipe(adapter="full"))
+    decided = freeze(model, TrainedParts(PARTS))
+    model.train()
+    decided.set_modes()
+    before, _ = supervised_loss(model, batch)
+    model.eval()
+    with torch.no_grad():
+        supervised_loss(model, batch)
+    model.train()
+    decided.set_modes()
+    after, _ = supervised_loss(model, batch)
+    after.backward()
+    assert after == before
+    assert all(p.grad is not None for name, p in model.named_parameters() if "lora_" in name)
 
 
 def test_whole_modules_names_members_of_lists_because_peft_cannot_copy_a_list(build):
