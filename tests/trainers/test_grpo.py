@@ -233,6 +233,7 @@ def test_lora_on_a_4_bit_model_trains_only_the_adapter_in_its_own_dtype(load, mo
         device_map="cpu",
     )
     regex = r"model\.language_model\..*\.(q|v)_proj"
+    torch.manual_seed(0)
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=regex))
     arguments = settings(GRPOConfig, tmp_path, beta=beta)
     trainer = QwenVLGRPOTrainer(wrapped, [REWARD], arguments, examples((0, 1, 2)), load("qwen2_5_vl")[1])
