@@ -14,14 +14,11 @@ token of the prompt once per model, each completion behind it, and output rows o
 import io
 import os
 import platform
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -42,31 +39,28 @@ from transformers import (
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessorPil,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from benchmarks.peak_memory import in_a_process, peak_mib
+from benchmarks.comparison import OURS, STEPS, Measured, common_settings, comparison_table, train_only
+from benchmarks.peak_memory import in_a_process
 from benchmarks.small_models import IMAGE_ID, VOCABULARY, FamilyName, small_model
+from benchmarks.step_clock import StepClock, quietly_train
 from benchmarks.synthetic_rows import picture_row
 from trainers.completion_batch import CompletionGroup, collate_groups
 from trainers.completion_logps import add_completion_head
 from trainers.dpo import QwenVLDPOTrainer
 from trainers.dpo_arguments import DPOArguments
-from trainers.families import find_parts
 from trainers.freezing import PARTS, TrainedParts
 from trainers.picture_memory import PictureMemory
 
 SMALL_VOCABULARY = 1024
-STEPS = 3  # of a run; the first one, which allocates, is not timed
 GROUP = 8  # completions of a prompt in GRPO
 PROMPT_TEXT, COMPLETION = 40, 60  # tokens; with its picture the prompt has 298
-OURS, TRL = "ours", "TRL"
+TRL = "TRL"
 
 
 @dataclass(frozen=True)
@@ -85,42 +79,6 @@ class Case:
     @property
     def trained(self) -> TrainedParts:
         return TrainedParts(PARTS if self.tower_trains else PARTS[1:])
-
-
-class StepClock(TrainerCallback):
-    """Seconds, loss and peak memory (MiB over what there was before) of each optimiser step."""
-
-    def __init__(self, watches_memory: bool = False) -> None:
-        self.watches_memory = watches_memory
-        self.seconds: list[float] = []
-        self.losses: list[float] = []
-        self.peaks: list[float] = []
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.watches_memory:
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from what is held now
-            self.before = peak_mib()
-        self.start = time.perf_counter()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.seconds.append(time.perf_counter() - self.start)
-        if self.watches_memory:
-            self.peaks.append(peak_mib() - self.before)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs and "loss" in logs:
-            self.losses.append(logs["loss"])
 
 
 def groups_of(completions: int, case: Case, count: int) -> list[CompletionGroup]:
@@ -148,25 +106,6 @@ def _repeated(groups: Sequence[CompletionGroup], case: Case) -> Callable[[list[d
     return collate
 
 
-def _settings(folder: str) -> dict[str, Any]:
-    return {
-        "output_dir": folder,
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 1,
-        "learning_rate": 1e-5,
-        "train_sampling_strategy": "sequential",
-        "activation_checkpointing": False,
-        "bf16": False,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": False,
-    }
-
-
 def _processor() -> Qwen2_5_VLProcessor:
     """The rows are encoded already; the trainers only ask it for the padding token."""
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<|image_pad|>": 1, "<|video_pad|>": 2}, unk_token="<pad>"))
@@ -177,7 +116,7 @@ def _processor() -> Qwen2_5_VLProcessor:
 def our_dpo(case: Case, folder: str) -> Trainer:
     return QwenVLDPOTrainer(
         small_model(case.family, case.vocabulary),
-        DPOArguments(**_settings(folder)),
+        DPOArguments(**common_settings(folder, batch=1)),
         groups_of(2, case, STEPS),
         processing_class=_processor(),
         trained=case.trained,
@@ -186,23 +125,16 @@ def our_dpo(case: Case, folder: str) -> Trainer:
 
 def trl_dpo(case: Case, folder: str) -> Trainer:
     model, reference = small_model(case.family, case.vocabulary), small_model(case.family, case.vocabulary)
-    _freeze(model, case)
+    train_only(model, case.trained.parts)
     groups = groups_of(2, case, STEPS)
     return DPOTrainer(
         model,
         reference,
-        DPOConfig(**_settings(folder)),
+        DPOConfig(**common_settings(folder, batch=1)),
         _repeated(groups, case),
         Dataset.from_dict({"images": list(range(len(groups)))}),
         processing_class=_processor(),
     )
-
-
-def _freeze(model: PreTrainedModel, case: Case) -> None:
-    """As users do without this package: the tower's weights, and what is saved with them but never trains."""
-    parts = find_parts(model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in parts.constants and parts.part_of[name] in case.trained.parts)
 
 
 class ScoreAndUpdate(Trainer):
@@ -221,14 +153,14 @@ class ScoreAndUpdate(Trainer):
 
 def _score_and_update(case: Case, folder: str, ours: bool) -> Trainer:
     model, groups = small_model(case.family, case.vocabulary), groups_of(GROUP, case, STEPS)
-    _freeze(model, case)
+    train_only(model, case.trained.parts)
     if ours:
         add_completion_head(model, outputs=("log_probs", "entropy"), memory=PictureMemory(model))
     else:
         add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     rows = Dataset.from_dict({"images": list(range(len(groups)))})
     collate = partial(_unique, groups=groups) if ours else _repeated(groups, case)
-    return ScoreAndUpdate(model, TrainingArguments(**_settings(folder)), collate, rows)
+    return ScoreAndUpdate(model, TrainingArguments(**common_settings(folder, batch=1)), collate, rows)
 
 
 def _unique(rows: list[dict[str, int]], groups: Sequence[CompletionGroup]) -> dict[str, Tensor]:
@@ -258,26 +190,27 @@ ALGORITHMS = {
 }
 
 
-def run(build: Callable[[Case, str], Trainer], case: Case, count: bool = False) -> tuple[float, list[float], float]:
-    """Median seconds of a step, the losses, and the operations of one step (0.0 unless counted)."""
+def run(build: Callable[[Case, str], Trainer], case: Case) -> StepClock:
+    """A few steps, timed."""
     # The trainers' own tables and logs are not of interest here.
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        return quietly_train(build(case, folder))
+
+
+def operations(build: Callable[[Case, str], Trainer], case: Case) -> float:
+    """Of one step."""
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         trainer = build(case, folder)
-        clock = StepClock()
-        trainer.add_callback(clock)
-        counter = FlopCounterMode(display=False) if count else None
-        if count:
-            trainer.args.max_steps = 1
-        with counter or nullcontext():
-            trainer.train()
-    operations = float(counter.get_total_flops()) if counter else 0.0
-    return statistics.median(clock.seconds[1:] or clock.seconds), clock.losses, operations
+        trainer.args.max_steps = 1
+        with FlopCounterMode(display=False) as counter:
+            quietly_train(trainer)
+    return float(counter.get_total_flops())
 
 
 def floor(algorithm: Algorithm, case: Case) -> float:
     """Operations of one step with nothing that could be left out."""
     model = small_model(case.family, case.vocabulary)
-    _freeze(model, case)
+    train_only(model, case.trained.parts)
     (group,) = algorithm.groups(case, 1)
     with FlopCounterMode(display=False) as counter:
         features = _encode(model, group)
@@ -316,60 +249,36 @@ def _score(model: PreTrainedModel, group: CompletionGroup, features: Any) -> Ten
 
 def memory(algorithm: str, name: str, case: Case) -> float:
     """MiB at the peak of the second step over what the process held before it. For a process of its own."""
-    torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         trainer = ALGORITHMS[algorithm].trainers[name](case, folder)
         trainer.args.max_steps = 2
-        clock = StepClock(watches_memory=True)
-        trainer.add_callback(clock)
-        trainer.train()
-    return clock.peaks[1]
+        return quietly_train(trainer, watches_memory=True).peaks[1]
 
 
 def compare(key: str, case: Case, rounds: int) -> Table:
     algorithm = ALGORITHMS[key]
     title = f"{algorithm.name}: {case.name}"
-    seconds: dict[str, list[float]] = {name: [] for name in algorithm.trainers}
-    losses: dict[str, list[float]] = {}
+    measured = {name: Measured() for name in algorithm.trainers}
     for _ in track(range(rounds), description=f"{title}: time"):
         for name, build in algorithm.trainers.items():
-            median, losses[name], _ = run(build, case)
-            seconds[name].append(median)
-    apart = max(abs(a - b) for a, b in zip(losses[OURS], losses[TRL], strict=True))
-    if apart > 1e-4:
-        raise ValueError(f"The losses differ by {apart}, so the trainers do not do the same: {losses}")
-    peaks = {name: in_a_process(memory, key, name, case) for name in algorithm.trainers}
-    operations = {name: run(build, case, count=True)[2] for name, build in algorithm.trainers.items()}
-    least = floor(algorithm, case)
-    table = Table(title=title)
-    for heading in ("trainer", "s/step", "range", "ours is faster", "peak, MiB", "operations", "over the floor"):
-        table.add_column(heading, justify="left" if heading == "trainer" else "right")
-    for name in algorithm.trainers:
-        median = statistics.median(seconds[name])
-        table.add_row(
-            name,
-            f"{median:.2f}",
-            f"{min(seconds[name]):.2f} to {max(seconds[name]):.2f}",
-            "" if name == OURS else f"{median / statistics.median(seconds[OURS]):.2f} x",
-            f"{peaks[name]:.0f}" + ("" if name == OURS else f" (ours: {peaks[OURS] / peaks[name]:.2f} of it)"),
-            f"{operations[name] / 1e12:.3f} T",
-            f"{operations[name] / least:.2f}",
-        )
-    return table
+            measured[name].clocks.append(run(build, case))
+    for name, build in track(algorithm.trainers.items(), description=f"{title}: memory and operations"):
+        measured[name].peak = in_a_process(memory, key, name, case)
+        measured[name].operations = operations(build, case)
+    return comparison_table(title, measured, floor(algorithm, case))
 
 
 def main(
     quick: Annotated[bool, typer.Option(help="The small vocabulary alone, one round each.")] = False,
     rounds: Annotated[int, typer.Option(help="How often each trainer has its turn.")] = 5,
-    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
 ) -> None:
     """Compare steps of preference training and print tables."""
-    torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
-    console = Console()
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}"
+    rounds = 1 if quick else rounds
+    console = Console(width=119)
     console.print(
-        f"{versions}; {platform.processor() or platform.machine()}, {os.cpu_count()} cores, {threads} threads"
+        f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}; "
+        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; median of {rounds}"
     )
     vocabularies = (SMALL_VOCABULARY,) if quick else (VOCABULARY, SMALL_VOCABULARY)
     towers = (False,) if quick else (True, False)
@@ -378,7 +287,7 @@ def main(
         for family in families:
             for vocabulary in vocabularies:
                 for tower_trains in towers:
-                    console.print(compare(key, Case(family, vocabulary, tower_trains), 1 if quick else rounds))
+                    console.print(compare(key, Case(family, vocabulary, tower_trains), rounds))
 
 
 if __name__ == "__main__":

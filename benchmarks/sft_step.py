@@ -40,6 +40,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from benchmarks.comparison import OURS, STEPS, Measured, common_settings, comparison_table, train_only
 from benchmarks.peak_memory import in_a_process
 from benchmarks.small_models import VOCABULARY, FamilyName, small_model
 from benchmarks.step_clock import StepClock, quietly_train
@@ -48,14 +49,13 @@ from processing.collators import PackedCollator, PaddedCollator
 from processing.encoded_example import EncodedExample
 from processing.packing import pack
 from trainers.arguments import StageArguments
-from trainers.families import find_parts
+from trainers.families import PARTS
 from trainers.freezing import TrainedParts
 from trainers.multitask import QwenVLMultiTaskTrainer
 from trainers.sft import QwenVLSFTTrainer
 
 Collate = Callable[[Sequence[EncodedExample]], dict[str, Any]]
 
-STEPS = 3  # of a run; the first one, which allocates, is not timed
 BATCH = 4
 
 
@@ -69,25 +69,19 @@ class Case:
     vocabulary: int = VOCABULARY
 
     @property
+    def trained(self) -> tuple[str, ...]:
+        return PARTS if self.tower_trains else PARTS[1:]
+
+    @property
     def name(self) -> str:
         tower = "trained" if self.tower_trains else "frozen"
         return f"{self.family}, tower {tower}" + (", checkpointing" if self.checkpointing else "")
 
 
-def _settings(folder: str, case: Case, steps: int, batch: int) -> dict[str, Any]:
-    return {
-        "output_dir": folder,
-        "max_steps": steps,
-        "per_device_train_batch_size": batch,
-        "learning_rate": 1e-5,
+def _settings(folder: str, case: Case, batch: int = BATCH) -> dict[str, Any]:
+    return common_settings(folder, batch) | {
         "train_sampling_strategy": "sequential",
         "activation_checkpointing": case.checkpointing,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "remove_unused_columns": False,
     }
 
 
@@ -97,36 +91,25 @@ def ours(
     rows: Dataset,
     collate: Collate,
     folder: str,
-    steps: int = STEPS,
     batch: int = BATCH,
     adapter_alone: bool = False,
     **settings: Any,
 ) -> Trainer:
     trainer = QwenVLMultiTaskTrainer if case.tower_trains else QwenVLSFTTrainer
-    arguments = StageArguments(**_settings(folder, case, steps, batch), tower_layer_decay=1.0, **settings)
+    arguments = StageArguments(**_settings(folder, case, batch) | settings, tower_layer_decay=1.0)
     trained = TrainedParts(("adapter",)) if adapter_alone else None
     return trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, trained=trained)
 
 
-def _freeze_tower(case: Case, model: PreTrainedModel) -> None:
-    """As users do without this package: the tower's weights, and what is saved with them but never trains."""
-    parts = find_parts(model)
-    for name, parameter in model.named_parameters():
-        frozen = name in parts.constants or (not case.tower_trains and parts.part_of[name] == "tower")
-        parameter.requires_grad_(not frozen)
-
-
 def plain(case: Case, model: PreTrainedModel, rows: Dataset, collate: Collate, folder: str) -> Trainer:
-    _freeze_tower(case, model)
-    arguments = TrainingArguments(**_settings(folder, case, STEPS, BATCH))
+    train_only(model, case.trained)
+    arguments = TrainingArguments(**_settings(folder, case))
     return Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
 
 
 def stock_trl(case: Case, model: PreTrainedModel, rows: Dataset, collate: Collate, folder: str) -> Trainer:
-    _freeze_tower(case, model)
-    arguments = SFTConfig(
-        **_settings(folder, case, STEPS, BATCH), dataset_kwargs={"skip_prepare_dataset": True}, max_length=None
-    )
+    train_only(model, case.trained)
+    arguments = SFTConfig(**_settings(folder, case), dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
     words = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
     return SFTTrainer(
@@ -134,7 +117,7 @@ def stock_trl(case: Case, model: PreTrainedModel, rows: Dataset, collate: Collat
     )
 
 
-TRAINERS: dict[str, Callable[..., Trainer]] = {"ours": ours, "TRL SFTTrainer": stock_trl, "Trainer": plain}
+TRAINERS: dict[str, Callable[..., Trainer]] = {OURS: ours, "TRL SFTTrainer": stock_trl, "Trainer": plain}
 
 
 def _by_number(numbered: Sequence[dict[str, int]], examples: Sequence[EncodedExample], collate: Collate) -> Any:
@@ -169,7 +152,7 @@ def operations(name: str, case: Case) -> float:
 def floor(case: Case) -> float:
     """Operations of the first step's rows, one by one, with nothing that could be left out."""
     model = small_model(case.family, case.vocabulary)
-    _freeze_tower(case, model)
+    train_only(model, case.trained)
     collate = PaddedCollator(pad_token_id=0)
     with FlopCounterMode(display=False) as counter:
         for example in picture_rows(case.family, BATCH, case.vocabulary):
@@ -190,41 +173,14 @@ def memory(name: str, case: Case) -> float:
 
 
 def compare(case: Case, rounds: int) -> Table:
-    clocks: dict[str, list[StepClock]] = {name: [] for name in TRAINERS}
+    measured = {name: Measured() for name in TRAINERS}
     for _ in track(range(rounds), description=f"{case.name}: time"):
         for name in TRAINERS:
-            clocks[name].append(run(name, case))
-    losses = {name: of_name[0].losses[0] for name, of_name in clocks.items()}
-    if max(losses.values()) - min(losses.values()) > 1e-3:
-        raise ValueError(f"The first losses differ, so the trainers do not do the same: {losses}")
-    peaks = {name: in_a_process(memory, name, case) for name in track(TRAINERS, description=f"{case.name}: memory")}
-    counted = {name: operations(name, case) for name in track(TRAINERS, description=f"{case.name}: operations")}
-    least = floor(case)
-    table = Table(title=case.name)
-    for heading in (
-        "trainer",
-        "s/step (range)",
-        "CPU-s/step",
-        "ours faster",
-        "peak, MiB (ours)",
-        "operations (floor 1)",
-    ):
-        table.add_column(heading, justify="left" if heading == "trainer" else "right")
-    # The first step allocates; it is left out.
-    seconds = {name: [statistics.median(clock.seconds[1:]) for clock in clocks[name]] for name in TRAINERS}
-    cpu = {name: statistics.median([s for clock in clocks[name] for s in clock.cpu_seconds[1:]]) for name in TRAINERS}
-    fastest = statistics.median(seconds["ours"])
-    for name in TRAINERS:
-        median = statistics.median(seconds[name])
-        table.add_row(
-            name,
-            f"{median:.2f} ({min(seconds[name]):.2f} to {max(seconds[name]):.2f})",
-            f"{cpu[name]:.2f}",
-            f"{median / fastest:.2f} x",
-            f"{peaks[name]:.0f} ({peaks['ours'] / peaks[name]:.2f})",
-            f"{counted[name] / 1e12:.3f} T ({counted[name] / least:.2f})",
-        )
-    return table
+            measured[name].clocks.append(run(name, case))
+    for name in track(TRAINERS, description=f"{case.name}: memory and operations"):
+        measured[name].peak = in_a_process(memory, name, case)
+        measured[name].operations = operations(name, case)
+    return comparison_table(case.name, measured, floor(case))
 
 
 def cached_epochs(family: FamilyName, adapter_alone: bool, rounds: int) -> tuple[float, float]:
@@ -240,7 +196,7 @@ def cached_epochs(family: FamilyName, adapter_alone: bool, rounds: int) -> tuple
                 rows,
                 collate,
                 folder,
-                steps=2 * steps,
+                max_steps=2 * steps,
                 adapter_alone=adapter_alone,
                 feature_cache_dir=str(Path(folder) / "features"),
             )
@@ -271,7 +227,7 @@ def packed_and_padded(family: FamilyName, rounds: int, count: int = 48, capacity
                     rows,
                     partial(_batch_of_numbers, batches=batches, examples=examples, collate=collate),
                     folder,
-                    steps=len(batches),
+                    max_steps=len(batches),
                     batch=1,
                 )
                 clock = quietly_train(trainer)
