@@ -33,7 +33,7 @@ def test_the_paper_s_recipes_have_the_numbers_of_its_table_8(
 
 
 def test_every_recipe_of_the_package_is_read_and_written_back_equal(tmp_path):
-    assert len(recipe_names()) == 9
+    assert len(recipe_names()) == 10
     for name in recipe_names():
         recipe = load_recipe(name)
         assert recipe.name == name

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, TrainerCallback, set_seed
 from processing.mixing import Mixture
 from processing.processing_families import load_processor
 from processing.rows import read_rows
+from trainers import recipe_rollouts
 from trainers.families import find_parts, unwrap
 from trainers.recipe_arguments import ARGUMENT_OF, SCHEDULERS, stage_arguments
 from trainers.recipe_reading import load_recipe
@@ -277,7 +278,9 @@ def test_no_key_of_a_recipe_is_read_by_nobody():
         for path in (ROOT / "trainers").glob("*.py")
         if path.name not in ("recipes.py", "contradictions.py", "recipe_reading.py", "recipe_arguments.py")
     ) + (ROOT / "trainers" / "recipe_arguments.py").read_text().replace('"', " ")
-    sections = {"data.train", "data.validation"}
+    read = {"data.train", "data.validation", *ARGUMENT_OF}
+    read |= {f"sampling.{name}" for name in recipe_rollouts.ARGUMENT_OF}
+    read |= {f"sampling.values.{name}" for name in recipe_rollouts.VALUE_ARGUMENT_OF}
     for key in _keys(Recipe):
         name = key.rsplit(".", 1)[-1]
-        assert key in ARGUMENT_OF or key in sections or f".{name}" in sources, key
+        assert key in read or f".{name}" in sources, key
