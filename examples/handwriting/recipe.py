@@ -70,7 +70,7 @@ SHORT = Recipe(
     text=StageRecipe(60, 400, 4, 4, SEVEN_TASKS, rate=1e-3, seconds=3),
     pretrain=StageRecipe(150, 2400, 16, 1, CAPTIONS, rate=1e-3, adapter_rate=1e-3, tower_rate=1e-4, seconds=19),
     multitask=StageRecipe(1400, 6000, 8, 6, SEVEN_TASKS, rate=1e-3, adapter_rate=1e-3, tower_rate=1e-4, seconds=445),
-    sft=StageRecipe(400, 2400, 8, 2, CHAT, rate=5e-4, adapter_rate=5e-4, seconds=100),
+    sft=StageRecipe(400, 2400, 8, 2, CHAT, rate=1e-3, adapter_rate=1e-3, seconds=100),
     limit_minutes=9.0,
 )
 

@@ -47,7 +47,7 @@ def texts_of_all_tasks(scenes: Sequence[Scene]) -> Iterator[str]:
     """What the tokenizer learns from: all texts of all tasks about these scenes, and what the templates add."""
     rng = np.random.default_rng(0)
     for scene in scenes:
-        examples = [plain(scene, rng, name) for name in WEIGHTS if name != "two pictures"]
+        examples = [plain(scene, rng, name) for name in WEIGHTS]
         examples += [chat(scene, rng, list(ASK)), two_pictures(scene, scenes[0], rng)]
         for message in (message for example in examples for message in example.messages):
             for part in message["content"]:
