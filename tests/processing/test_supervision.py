@@ -1,6 +1,7 @@
 """Examples to ids, labels and pixels: the original's labels, the processors' ids, and the checks that always run."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -48,7 +49,8 @@ def qwen_vl_processor(original_tokenizer):
     from processing.image_processing_pil_qwenvl import QwenVLImageProcessorPil
     from processing.processing_qwenvl import QwenVLProcessor
 
-    return QwenVLProcessor(QwenVLImageProcessorPil(), original_tokenizer)
+    # A copy: the processor changes its padding side, and other tests ask for that of the original.
+    return QwenVLProcessor(QwenVLImageProcessorPil(), deepcopy(original_tokenizer))
 
 
 @pytest.mark.parametrize("number", range(12))

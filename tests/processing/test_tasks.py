@@ -1,5 +1,7 @@
 """The prompts and answers of stage 2 are, character by character, those of the paper's appendix B.1."""
 
+from copy import deepcopy
+
 import pytest
 from PIL import Image
 
@@ -147,7 +149,7 @@ def test_texts_next_to_each_other_are_one_part_because_they_are_tokenized_togeth
 
 
 def test_with_the_real_vocabulary_the_loss_begins_at_the_blank_before_the_answer(original_tokenizer):
-    processor = QwenVLProcessor(QwenVLImageProcessorPil(), original_tokenizer)
+    processor = QwenVLProcessor(QwenVLImageProcessorPil(), deepcopy(original_tokenizer))
     encoded = encode(vqa(Image.new("RGB", (5, 7)), "Is it red?", "No"), processor)
     ids, labels = encoded.input_ids.tolist(), encoded.labels.tolist()
     first = labels.index(next(label for label in labels if label != -100))
