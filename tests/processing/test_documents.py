@@ -56,7 +56,7 @@ def test_a_picture_without_words_may_stand_alone():
 def test_a_page_that_is_written_and_read_again_is_the_same_page(rows):
     elements = []
     for kind, box, text, picture in rows:
-        text = " ".join(text.replace("\r", "").split()).replace("\0", "")
+        text = " ".join(text.replace("\r", "").replace("\0", "").split())
         words = element("paragraph", [0, 0, 1, 1], text).content
         content = "" if kind == "image" else "<tr><td>7</td></tr>" if kind in MARKUP_KINDS else words
         inner = picture if KINDS[kind].has_picture and picture != box else None
