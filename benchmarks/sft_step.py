@@ -79,10 +79,7 @@ class Case:
 
 
 def _settings(folder: str, case: Case, batch: int = BATCH) -> dict[str, Any]:
-    return common_settings(folder, batch) | {
-        "train_sampling_strategy": "sequential",
-        "activation_checkpointing": case.checkpointing,
-    }
+    return common_settings(folder, batch) | {"activation_checkpointing": case.checkpointing}
 
 
 def ours(
