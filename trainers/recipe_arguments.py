@@ -1,5 +1,6 @@
 """Recipe -> StageArguments (transformers' TrainingArguments): one table of names, and the few values to work out."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -62,6 +63,12 @@ def training_values(recipe: Recipe) -> dict[str, Any]:
         # As a share, so that parts with their own rate end at the same share of it.
         values["lr_scheduler_kwargs"] = {"min_lr_rate": optimizer.min_learning_rate / optimizer.learning_rate}
     return values
+
+
+def values_for(arguments: type[TrainingArguments], recipe: Recipe) -> dict[str, Any]:
+    """`training_values` without those that StageArguments has and `arguments`, of another trainer, has not."""
+    stages_own = {field.name for field in fields(StageArguments)} - {field.name for field in fields(arguments)}
+    return {name: value for name, value in training_values(recipe).items() if name not in stages_own}
 
 
 def stage_arguments(recipe: Recipe) -> StageArguments:

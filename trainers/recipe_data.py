@@ -94,10 +94,32 @@ class PackedRowsCollator:
         return self.collator([example for sequence in sequences for example in sequence])
 
 
-def _read(file: DataFile, recipe: Recipe, stage: Stage, supervise: Supervision) -> list[Example]:
-    examples = [_in_style(example, stage) for example in read_rows(file.path, format=file.format)]
-    if recipe.data.too_long == "drop":
-        kept = [example for example in examples if supervise.measure(example) is not None]
+def load_examples(recipe: Recipe, read: Callable[[DataFile], list[Example]]) -> RecipeData:
+    """Whole files of Examples, once per epoch, for trainers that encode them themselves.
+
+    Raises ValueError if the recipe names no rows.
+    """
+    if not recipe.data.train:
+        raise ValueError(f"The recipe {recipe.name} names no rows: set data.train to a list of {{path: ...}}.")
+    train = {file.path: read(file) for file in recipe.data.train}
+    validation = {file.path: read(file) for file in recipe.data.validation}
+    held_out = [example for examples in validation.values() for example in examples]
+    counts = {
+        name: {path: len(examples) for path, examples in files.items()}
+        for name, files in (("train", train), ("validation", validation))
+    }
+    return RecipeData([e for examples in train.values() for e in examples], held_out or None, held_out, None, counts)
+
+
+def usable(
+    file: DataFile, recipe: Recipe, examples: list[Example], fits: Callable[[Example], bool] | None = None
+) -> list[Example]:
+    """`examples` of `file`, without those that do not fit where the recipe drops them (without `fits`, all do).
+
+    Raises ValueError if none is left.
+    """
+    if fits is not None and recipe.data.too_long == "drop":
+        kept = [example for example in examples if fits(example)]
         if len(kept) < len(examples):
             logger.warning(
                 "%s: %d of %d rows are too long and left out.", file.path, len(examples) - len(kept), len(examples)
@@ -106,6 +128,11 @@ def _read(file: DataFile, recipe: Recipe, stage: Stage, supervise: Supervision) 
     if not examples:
         raise ValueError(f"{file.path} has no row to train on.")
     return examples
+
+
+def _read(file: DataFile, recipe: Recipe, stage: Stage, supervise: Supervision) -> list[Example]:
+    examples = [_in_style(example, stage) for example in read_rows(file.path, format=file.format)]
+    return usable(file, recipe, examples, lambda example: supervise.measure(example) is not None)
 
 
 def _counts(files: Sequence[DataFile], examples: Sequence[Sequence[Example]]) -> dict[str, int]:

@@ -1,20 +1,16 @@
 """Recipe of the stages grpo, rloo and ppo -> trainer with everything that it says, nothing trained yet."""
 
-import dataclasses
-from typing import Any
-
 from transformers import TrainingArguments, set_seed
 from trl import GRPOConfig, RLOOConfig
 
 from processing.example import Example
 from processing.rows import read_rows
-from trainers.arguments import StageArguments
 from trainers.example_batches import at_stage_resolution
 from trainers.families import unwrap
 from trainers.grpo import QwenVLGRPOTrainer
 from trainers.ppo import PPOArguments, QwenVLPPOTrainer
-from trainers.recipe_arguments import check_devices, training_values
-from trainers.recipe_data import RecipeData
+from trainers.recipe_arguments import check_devices, values_for
+from trainers.recipe_data import RecipeData, load_examples, usable
 from trainers.recipe_dpo import learning_rates
 from trainers.recipe_model import load_recipe_model, load_recipe_processor, trained_parts
 from trainers.recipes import DataFile, Recipe
@@ -57,9 +53,7 @@ def rollout_arguments(recipe: Recipe) -> TrainingArguments:
     section = recipe.sampling
     assert section is not None  # a rule of contradictions.py
     config = SAMPLED[recipe.stage][0]
-    known = {field.name for field in dataclasses.fields(config)}
-    stages_own = {field.name for field in dataclasses.fields(StageArguments)} - known
-    values: dict[str, Any] = {name: value for name, value in training_values(recipe).items() if name not in stages_own}
+    values = values_for(config, recipe)
     values |= {name: getattr(section, key) for key, name in ARGUMENT_OF.items()}
     if recipe.stage == "grpo":
         values["loss_type"] = section.loss
@@ -80,18 +74,9 @@ def build_rollout_trainer(recipe: Recipe) -> tuple[RolloutMixin, RecipeData]:
     assert section is not None
     arguments = rollout_arguments(recipe)
     set_seed(recipe.run.seed)
-    if not recipe.data.train:
-        raise ValueError(f"The recipe {recipe.name} names no rows: set data.train to a list of {{path: ...}}.")
-    train = {file.path: _read(file) for file in recipe.data.train}
-    validation = {file.path: _read(file) for file in recipe.data.validation}
+    data = load_examples(recipe, lambda file: _read(file, recipe))
     processor = load_recipe_processor(recipe)
     model = load_recipe_model(recipe, processor)
-    held_out = [example for examples in validation.values() for example in examples]
-    counts = {
-        name: {path: len(examples) for path, examples in files.items()}
-        for name, files in (("train", train), ("validation", validation))
-    }
-    data = RecipeData([e for examples in train.values() for e in examples], held_out or None, held_out, None, counts)
     trainer = SAMPLED[recipe.stage][1](
         model,
         [RewardTerm(one.name, one.weight, one.final_weight, one.settings) for one in section.rewards],
@@ -107,8 +92,5 @@ def build_rollout_trainer(recipe: Recipe) -> tuple[RolloutMixin, RecipeData]:
     return trainer, data
 
 
-def _read(file: DataFile) -> list[Example]:
-    examples = list(read_rows(file.path, format=file.format))
-    if not examples:
-        raise ValueError(f"{file.path} has no row to train on.")
-    return examples
+def _read(file: DataFile, recipe: Recipe) -> list[Example]:
+    return usable(file, recipe, list(read_rows(file.path, format=file.format)))
