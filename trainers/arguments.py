@@ -54,6 +54,10 @@ class StageArguments(TrainingArguments):
         default=None,
         metadata={"help": "Longest example in tokens; pictures shrink, then turns are left out, then it is refused."},
     )
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Several examples in one row of at most max_length tokens; they do not see each other."},
+    )
     feature_cache_dir: str | None = field(
         default=None,
         metadata={"help": "Folder for the features of a frozen tower, which later epochs read instead of running it."},
@@ -87,6 +91,8 @@ class StageArguments(TrainingArguments):
                 "average_tokens_across_devices=False weighs tokens by the device they were on: the loss is the mean "
                 "over all tokens of all devices, so leave it True."
             )
+        if self.packing and self.max_length is None:
+            raise ValueError("packing=True fills rows up to max_length tokens: set max_length.")
         if self.z_loss < 0 or not 0 < self.tower_layer_decay <= 1:
             raise ValueError(
                 f"z_loss={self.z_loss} must not be negative, and tower_layer_decay={self.tower_layer_decay} must lie "

@@ -1,4 +1,4 @@
-"""Examples -> batches of a stage: the stage's resolution and label style, padded."""
+"""Examples -> batches of a stage: the stage's resolution and label style, padded (packed: packed_examples.py)."""
 
 from collections.abc import Sequence
 from copy import copy
@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from processing.collators import PaddedCollator
+from processing.encoded_example import EncodedExample
 from processing.example import Example, RowError
 from processing.length import LengthPolicy, has_dynamic_resolution, with_max_pixels
 from processing.processing_qwenvl import QwenVLProcessor
@@ -62,9 +63,19 @@ class ExampleCollator:
         self.collate = PaddedCollator(processor.tokenizer.pad_token_id)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        encoded = [self.supervise(self._in_style(example)) for example in examples]
-        # LengthPolicy refuses by default; only with the step "drop" would there be None.
-        return self.collate([example for example in encoded if example is not None])
+        return self.collate([self.encode(example) for example in examples])
+
+    def encode(self, example: Example) -> EncodedExample:
+        """One example, its pictures decoded."""
+        encoded = self.supervise(self._in_style(example))
+        assert encoded is not None  # the policy ends with "raise"
+        return encoded
+
+    def measure(self, example: Example) -> int:
+        """Number of tokens that `encode` will give, from the heads of the pictures."""
+        length = self.supervise.measure(self._in_style(example))
+        assert length is not None
+        return length
 
     def _in_style(self, example: Any) -> Example:
         if not isinstance(example, Example):

@@ -24,6 +24,9 @@ ARGUMENT_OF: dict[str, str] = {
     "parts.tower.layer_decay": "tower_layer_decay",
     "parts.adapter.learning_rate": "adapter_learning_rate",
     "parts.embeddings.learning_rate": "embeddings_learning_rate",
+    "data.picture_side": "resolution",
+    "data.max_length": "max_length",
+    "data.packing": "packing",
     "data.workers": "dataloader_num_workers",
     "hardware.per_device_batch_size": "per_device_train_batch_size",
     "run.output_dir": "output_dir",
@@ -53,9 +56,6 @@ def training_values(recipe: Recipe) -> dict[str, Any]:
         "eval_strategy": "no" if recipe.run.evaluate_every is None else "steps",
         "eval_steps": recipe.run.evaluate_every,
         "save_strategy": "steps",
-        # Packed rows come to the trainer encoded.
-        "resolution": None if recipe.data.packing else recipe.data.picture_side,
-        "max_length": None if recipe.data.packing else recipe.data.max_length,
         "fsdp": True if hardware.sharding == "full" else None,
         "use_cpu": not torch.accelerator.is_available(),
     }

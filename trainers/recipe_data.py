@@ -5,15 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch.utils.data import Dataset
-
-from processing.collators import PackedCollator
-from processing.encoded_example import EncodedExample
 from processing.example import Example, RowError
 from processing.length import LengthPolicy
 from processing.mixing import Mixture
 from processing.rows import read_rows
-from processing.sampling import PackedBatchSampler
 from processing.supervision import Supervision
 from trainers.recipes import DataFile, Recipe
 from trainers.stages import Stage
@@ -23,26 +18,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RecipeData:
-    """What a stage trainer takes. Without `collator` the rows are Examples, which the trainer encodes itself.
+    """Examples, which a trainer encodes itself: `train` once per epoch or a Mixture, and `held_out` for evaluation.
 
-    `held_out`: the Examples of `data.validation`, whatever `validation` makes of them. `counts`: "train" and
-    "validation" -> path of each file -> how many of its rows are used.
+    `counts`: "train" and "validation" -> path of each file -> how many of its rows are used.
     """
 
     train: Any
-    validation: Any
     held_out: list[Example]
-    collator: Callable[[Sequence[Any]], dict[str, Any]] | None
     counts: dict[str, dict[str, int]]
 
 
-def load_recipe_data(
-    recipe: Recipe, stage: Stage, processor: Any, tokens_per_second: float | None = None
-) -> RecipeData:
+def load_recipe_data(recipe: Recipe, stage: Stage, processor: Any) -> RecipeData:
     """Reads `data.train` and `data.validation`.
 
-    All rows once per epoch, or a mixture where the files have different weights, or packed. `processor` is at the
-    resolution of the run. `tokens_per_second`: of the model's vision config, for packed videos of Qwen2.5-VL.
+    All rows once per epoch, or a mixture where the files have different weights. `processor` is at the resolution of
+    the run.
 
     Raises ValueError (RowError with file, line and id) for rows that cannot be read, and if there are none.
     """
@@ -55,43 +45,13 @@ def load_recipe_data(
     held_out_files = [_read(file, recipe, stage, supervise) for file in data.validation]
     held_out = [example for examples in held_out_files for example in examples]
     counts = {"train": _counts(data.train, files), "validation": _counts(data.validation, held_out_files)}
-    if data.packing:
-        collator = PackedRowsCollator(PackedCollator.for_processor(processor, tokens_per_second))
-        validation = _packed(held_out, recipe, stage, supervise) if held_out else None
-        return RecipeData(_packed(train, recipe, stage, supervise), validation, held_out, collator, counts)
     if len({file.weight for file in data.train}) == 1:
-        return RecipeData(train, held_out or None, held_out, None, counts)
+        return RecipeData(train, held_out, counts)
     # Numbered, since the same file may be listed twice.
     names = [f"{number} {file.path}" for number, file in enumerate(data.train)]
     weights = dict(zip(names, (file.weight for file in data.train), strict=True))
     mixture = Mixture(dict(zip(names, files, strict=True)), weights, stop="all", seed=recipe.run.seed)
-    return RecipeData(mixture, held_out or None, held_out, None, counts)
-
-
-class PackedRows(Dataset):
-    """Each item is the encoded examples that fill one sequence. Who goes with whom is decided once, by the seed."""
-
-    def __init__(
-        self, examples: Sequence[Example], supervise: Supervision, sequences: Sequence[Sequence[int]]
-    ) -> None:
-        self.examples, self.supervise, self.sequences = examples, supervise, sequences
-
-    def __len__(self) -> int:
-        return len(self.sequences)
-
-    def __getitem__(self, index: int) -> list[EncodedExample]:
-        encoded = [self.supervise(self.examples[i]) for i in self.sequences[index]]
-        return [example for example in encoded if example is not None]
-
-
-@dataclass(frozen=True)
-class PackedRowsCollator:
-    """Joins the sequences of a batch into one row: `PackedCollator` keeps their examples apart anyway."""
-
-    collator: PackedCollator
-
-    def __call__(self, sequences: Sequence[Sequence[EncodedExample]]) -> dict[str, Any]:
-        return self.collator([example for sequence in sequences for example in sequence])
+    return RecipeData(mixture, held_out, counts)
 
 
 def load_examples(recipe: Recipe, read: Callable[[DataFile], list[Example]]) -> RecipeData:
@@ -108,7 +68,7 @@ def load_examples(recipe: Recipe, read: Callable[[DataFile], list[Example]]) -> 
         name: {path: len(examples) for path, examples in files.items()}
         for name, files in (("train", train), ("validation", validation))
     }
-    return RecipeData([e for examples in train.values() for e in examples], held_out or None, held_out, None, counts)
+    return RecipeData([e for examples in train.values() for e in examples], held_out, counts)
 
 
 def usable(
@@ -145,12 +105,3 @@ def _in_style(example: Example, stage: Stage) -> Example:
         return replace(example, style=stage.label_style)
     except ValueError as error:
         raise RowError(example.source, f"{error} (stage {stage.name})") from error
-
-
-def _packed(examples: list[Example], recipe: Recipe, stage: Stage, supervise: Supervision) -> PackedRows:
-    lengths = [supervise.measure(example) or 0 for example in examples]
-    tasks = [example.task for example in examples] if stage.packs_by_task else None
-    sequences = PackedBatchSampler(lengths, recipe.data.max_length, tasks, seed=recipe.run.seed).all_batches()
-    filled = sum(lengths) / (len(sequences) * recipe.data.max_length)
-    logger.info("%d rows packed into %d sequences, %.0f%% full.", len(examples), len(sequences), 100 * filled)
-    return PackedRows(examples, supervise, sequences)

@@ -76,7 +76,7 @@ def build_dpo_trainer(recipe: Recipe) -> tuple[QwenVLDPOTrainer, RecipeData]:
         model,
         arguments,
         data.train,
-        data.validation,
+        data.held_out or None,
         processing_class=processor,
         trained=trained_parts(recipe),
         learning_rates=learning_rates(recipe),

@@ -83,7 +83,7 @@ def build_rollout_trainer(recipe: Recipe) -> tuple[RolloutMixin, RecipeData]:
         arguments,
         data.train,
         at_stage_resolution(processor, unwrap(model).config, SFT, recipe.data.picture_side),
-        eval_dataset=data.validation,
+        eval_dataset=data.held_out or None,
         trained=trained_parts(recipe),
         learning_rates=learning_rates(recipe),
         max_length=recipe.data.max_length,

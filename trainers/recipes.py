@@ -157,8 +157,8 @@ class DataSection:
     pictures were made smaller and their last turns left out. `picture_side`: pixels; the native model sees a square of
     this side, the later families at most this side squared in area, in pictures and in frames of videos. `video_side`:
     the same for frames, where they shall be smaller; `video_fps`, `video_frames`: frames per second, and their largest
-    number; None means what the model's video processor says. `packing`: several rows of one task in one
-    sequence of `max_length`, which then is what a device takes at once.
+    number; None means what the model's video processor says. `packing`: several rows in one sequence of
+    at most `max_length` tokens (in stage multitask of one task), which then is what a device takes at once.
     """
 
     train: tuple[DataFile, ...] = ()

@@ -39,6 +39,7 @@ from trainers.freezing import TrainedParts, freeze
 from trainers.loss import supervised_loss, weight_of
 from trainers.monitoring import StepMonitor
 from trainers.optimizer import build_optimizer
+from trainers.packed_examples import PackedRowsCollator, pack_examples
 from trainers.stages import Stage
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class StageTrainer(CpuShardingMixin, AnsweringMixin, CheckpointMixin):
         model: of a family in `trainers.families`, bare or wrapped by PEFT.
         train_dataset, eval_dataset: with `data_collator`, whatever it takes. Without, `processing.rows.Example`, which
             `processing_class` encodes in the stage's label style and resolution (see trainers/example_batches.py).
+            With `args.packing` the training rows are packed, at the start (trainers/packed_examples.py).
         data_collator: makes batches with `labels` (B, L), aligned with `input_ids` and -100 where there is no loss,
             optionally `loss_weights` (B, L) of floats, and what the model's forward takes.
         processing_class: the processor; it is saved in every checkpoint.
@@ -98,11 +100,17 @@ class StageTrainer(CpuShardingMixin, AnsweringMixin, CheckpointMixin):
                     "Give processing_class (a processor) to train on Examples, or data_collator for other rows."
                 )
             processing_class = at_stage_resolution(processing_class, base.config, self.stage, args.resolution)
-            data_collator = ExampleCollator(processing_class, self.stage, args.max_length)
-        elif (args.resolution, args.max_length) != (None, None):
+            data_collator = examples_collator = ExampleCollator(processing_class, self.stage, args.max_length)
+            if args.packing:
+                assert args.max_length is not None  # StageArguments refuses packing without it
+                data_collator = PackedRowsCollator.for_model(base, examples_collator)
+                if train_dataset is not None:
+                    train_dataset = pack_examples(train_dataset, examples_collator, args.max_length, args.seed)
+        elif (args.resolution, args.max_length, args.packing) != (None, None, False):
             raise ValueError(
-                f"resolution={args.resolution} and max_length={args.max_length} say how Examples become batches, but "
-                "a data_collator is given, which decides that itself: leave one or the other out."
+                f"resolution={args.resolution}, max_length={args.max_length} and packing={args.packing} say how "
+                "Examples become batches, but a data_collator is given, which decides that itself: leave one or the "
+                "other out."
             )
         super().__init__(
             model=model,

@@ -64,15 +64,13 @@ def _build(recipe: Recipe) -> tuple[StageTrainer | QwenVLDPOTrainer | RolloutMix
     trainer_class = TRAINERS[recipe.stage]
     stage = trainer_class.stage
     resized = at_stage_resolution(processor, unwrap(model).config, stage, recipe.data.picture_side)
-    vision = unwrap(model).config.to_dict().get("vision_config", {})
-    data = load_recipe_data(recipe, stage, resized, vision.get("tokens_per_second"))
+    data = load_recipe_data(recipe, stage, resized)
     asked = data.held_out[: recipe.run.answers]
     trainer = trainer_class(
         model=model,
         args=arguments,
         train_dataset=data.train,
-        eval_dataset=data.validation,
-        data_collator=data.collator,
+        eval_dataset=data.held_out or None,
         processing_class=resized,
         trained=trained_parts(recipe),
         generation=GenerationEvaluation(asked) if asked else None,

@@ -15,16 +15,17 @@ PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
 
 
 def test_the_code_blocks_run_one_after_the_other(model_folder, rows_file, tmp_path, monkeypatch, capsys):
-    first, *others = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(others) == 2
-    code = first.replace("Qwen/Qwen-VL", str(model_folder("qwen_vl"))).replace(
-        "max_steps=8000", "max_steps=2, use_cpu=True"
-    )
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert len(blocks) == 4
+    code = "\n".join(blocks).replace("Qwen/Qwen-VL", str(model_folder("qwen_vl")))
+    code = code.replace("max_steps=8000", "max_steps=2, use_cpu=True")
     monkeypatch.chdir(rows_file.parent)
     names = {}
-    exec("\n".join([code, *others]), names)
+    exec(code, names)
     assert (tmp_path / "runs/sft/final/processor_config.json").exists()
     printed = capsys.readouterr().out
+    assert names["args"].packing
+    assert len(names["trainer"].train_dataset) < len(names["rows"])
     assert "supervised tokens, loss" in printed
     assert "all/unparsable" in printed
 

@@ -142,5 +142,5 @@ def test_examples_without_a_processor_are_refused(build, tmp_path):
 
 def test_a_resolution_beside_a_data_collator_is_refused(build, collate, tmp_path):
     args = StageArguments(str(tmp_path), use_cpu=True, resolution=224)
-    with pytest.raises(ValueError, match="resolution=224 and max_length=None say how Examples become batches"):
+    with pytest.raises(ValueError, match="resolution=224, max_length=None and packing=False say how"):
         QwenVLSFTTrainer(build("qwen_vl"), args, train_dataset=[], data_collator=collate)
