@@ -43,14 +43,18 @@ class Layout:
         """(..., N, L) -> (..., R, T)."""
         return values[..., self.sources_RT[0], self.sources_RT[1]]
 
+    def sees(self, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Whether the token at place `query` of a row sees the one at `key`: bool, in the shape of the three long
+        tensors together."""
+        branch = self.branch_RT[row, key]
+        return (query >= key) & ((branch == 0) | (branch == self.branch_RT[row, query]))
+
     @property
-    def block_mask(self) -> Tensor:
+    def dense_mask(self) -> Tensor:
         """(R, 1, T, T) bool; True where a token (third axis) sees another (fourth axis)."""
-        branch = self.branch_RT
-        T = branch.shape[1]
-        earlier_TT = torch.ones(T, T, dtype=torch.bool, device=branch.device).tril()
-        seen_RTT = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
-        return (earlier_TT & seen_RTT)[:, None]
+        R, T = self.branch_RT.shape
+        rows_R, places_T = (torch.arange(size, device=self.branch_RT.device) for size in (R, T))
+        return self.sees(rows_R[:, None, None, None], places_T[:, None], places_T)
 
 
 def rows_layout(attention_mask_NL: Tensor, labels_NL: Tensor) -> Layout:

@@ -18,14 +18,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from modeling_qwenvl.configuration_qwenvl import QwenVLTextConfig
 from processing.chat_spans import IGNORE
 from trainers.completion_head import token_scores
 from trainers.completion_layout import Layout, LayoutName, rows_layout, tree_layout
 from trainers.picture_memory import PictureMemory
 from trainers.shared_pictures import PICTURE_KEYS, encode, spread
-
-MASKS = {"sdpa", "eager"}
+from trainers.tree_attention import check_tree, tree_mask
 
 
 def add_completion_head(
@@ -56,14 +54,16 @@ def add_completion_head(
     Every field of the result is (N, L - 1) float32, as TRL has it: column t belongs to the token at t + 1, 0 where the
     label is -100.
 
-    Raises ValueError (in the forward) for videos, for a tree under an attention that takes no dense mask, and for a
-    tree in which Qwen-VL would stretch its rotations by the length of the row.
+    Raises ValueError for a tree and a model that would misread it, and in the forward for videos and for what
+    `trainers.tree_attention.tree_mask` refuses.
 
     Example:
         >>> add_completion_head(model, "tree", outputs=("log_probs", "entropy"))
         >>> model(**batch, fused_lm_head=True).log_probs.shape  # two completions of up to 60 tokens
         torch.Size([2, 357])
     """
+    if layout == "tree":
+        check_tree(model)
     settings = _Settings(layout, temperature, outputs, memory)
     original = model.forward
 
@@ -117,7 +117,7 @@ def _score(
     if settings.layout == "tree":
         laid = tree_layout(input_ids, attention_mask, labels, group_of_row)
         shown = [picture for group in of_group for picture in group]
-        inputs["attention_mask"] = _dense_mask(model, laid)
+        inputs["attention_mask"] = tree_mask(model, laid)
     else:
         laid = rows_layout(attention_mask, labels)
         shown = of_rows
@@ -151,29 +151,6 @@ def _row_positions(
         attention_mask=attention_mask,
     )
     return positions
-
-
-def _dense_mask(model: PreTrainedModel, layout: Layout) -> Tensor:
-    text_config = model.config.get_text_config()
-    attention = text_config._attn_implementation
-    if attention not in MASKS:
-        raise ValueError(
-            f"The tree layout needs a dense mask, which {attention!r} attention does not take: load the model with "
-            "attn_implementation='sdpa', or choose the layout 'rows'."
-        )
-    length = layout.branch_RT.shape[1]
-    stretches = isinstance(text_config, QwenVLTextConfig) and (
-        text_config.use_dynamic_ntk or text_config.use_logn_attn
-    )
-    if stretches and not model.training and length > text_config.seq_length:
-        raise ValueError(
-            f"A tree of {length} tokens is longer than seq_length = {text_config.seq_length}, where Qwen-VL, in "
-            "evaluation, stretches its rotations and queries by the length of the row, which is not that of one "
-            "completion: choose the layout 'rows', or switch use_dynamic_ntk and use_logn_attn off."
-        )
-    if attention == "sdpa":
-        return layout.block_mask
-    return torch.where(layout.block_mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
 
 
 def _predictions(

@@ -11,6 +11,9 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
@@ -18,6 +21,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
     Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
@@ -25,6 +29,8 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     set_seed,
 )
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
@@ -140,6 +146,40 @@ def _qwen_vl():
     return QwenVLForConditionalGeneration(config)
 
 
+_tower = {
+    "hidden_size": 24,
+    "intermediate_size": 28,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+
+
+def _composed(tower, text, **adapter):
+    """Two models joined; their ids as in the other families."""
+    model = QwenVLForConditionalGeneration.from_vision_text_pretrained(tower, text, **adapter)
+    config = model.config
+    config.image_token_id, config.image_start_token_id, config.image_end_token_id = IMAGE_ID, START_ID, END_ID
+    return model
+
+
+def _clip_qwen2():
+    """A class token that the adapter does not read, and a last layer neither."""
+    text = {**_text, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    tower = CLIPVisionModel(CLIPVisionConfig(**_tower))
+    return _composed(tower, Qwen2ForCausalLM(Qwen2Config(**text)), adapter="mlp", vision_feature_layer=-2)
+
+
+def _siglip_llama():
+    text = {**_text, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    tower = SiglipVisionModel(SiglipVisionConfig(**_tower))
+    return _composed(tower, LlamaForCausalLM(LlamaConfig(**text)), num_queries=4, adapter_num_heads=2)
+
+
+# Models that a user put together; `family` does not run over them.
+COMPOSED = {"clip_qwen2": _clip_qwen2, "siglip_llama": _siglip_llama}
+
 BUILDERS = {
     "qwen_vl": _qwen_vl,
     "qwen2_vl": _qwen2_vl,
@@ -163,7 +203,7 @@ def _row(family: str, seed: int, length: int, pictures: int) -> dict:
     if family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
         row["mm_token_type_ids"] = (row["input_ids"] == IMAGE_ID).int()
     if pictures:
-        if family == "llava" or family == "qwen_vl":
+        if family in ("llava", "qwen_vl", *COMPOSED):
             row["pixel_values"] = torch.randn(pictures, 3, 8, 8, generator=generator)
         else:
             frames, rows, columns = GRID
@@ -191,7 +231,7 @@ def build():
 
     def _build(family: str, seed: int = 0):
         set_seed(seed)
-        return BUILDERS[family]()
+        return (BUILDERS | COMPOSED)[family]()
 
     return _build
 
@@ -240,12 +280,13 @@ def _processor(family: str):
     tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = QWEN_VL_SPECIAL_TOKENS if family == "qwen_vl" else QWEN2_VL_SPECIAL_TOKENS
+    is_ours = family in ("qwen_vl", *COMPOSED)
+    special = QWEN_VL_SPECIAL_TOKENS if is_ours else QWEN2_VL_SPECIAL_TOKENS
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<|endoftext|>", clean_up_tokenization_spaces=False
     )
-    if family == "qwen_vl":
+    if is_ours:
         return QwenVLProcessor(QwenVLImageProcessorPil(size={"height": 8, "width": 8}), fast, num_image_tokens=4)
     pictures = Qwen2VLImageProcessorPil(patch_size=2, merge_size=2, size={"shortest_edge": 16, "longest_edge": 64})
     classes = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}
@@ -265,12 +306,12 @@ def model_folder(tmp_path_factory):
     def _folder(family: str):
         processor = _processor(family)
         set_seed(0)
-        model = BUILDERS[family]()
+        model = (BUILDERS | COMPOSED)[family]()
         config = model.config
         ids = processor.tokenizer.convert_tokens_to_ids
         config.image_token_id = processor.image_token_id
         config.text_config.vocab_size = 8 * (len(processor.tokenizer) // 8 + 1)
-        if family == "qwen_vl":
+        if isinstance(config, QwenVLConfig):
             config.image_start_token_id, config.image_end_token_id = ids("<img>"), ids("</img>")
         else:
             config.vision_start_token_id, config.vision_end_token_id = ids("<|vision_start|>"), ids("<|vision_end|>")

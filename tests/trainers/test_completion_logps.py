@@ -12,6 +12,11 @@ PICTURES = (1, 2, 0)  # of each group
 PROMPTS = (3, 5, 7)  # text tokens of each prompt
 
 
+@pytest.fixture(params=["qwen_vl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "clip_qwen2", "siglip_llama"])
+def family(request):
+    return request.param
+
+
 @pytest.fixture
 def groups(make_rows):
     """groups(family) -> per group: prompt ids, completions, and its pictures' tensors."""
@@ -104,7 +109,8 @@ def test_each_picture_goes_through_the_tower_once(build, groups, family, layout)
     blocks = find_parts(model).blocks
     blocks[0].register_forward_pre_hook(lambda module, args, kwargs: seen.append(args[0].shape), with_kwargs=True)
     model(**batch, fused_lm_head=True)
-    patches_of_one = {"qwen_vl": 4, "llava": 5}.get(family, 16)  # LLaVA's CLIP adds a class token
+    # CLIP adds a class token.
+    patches_of_one = {"qwen_vl": 4, "llava": 5, "clip_qwen2": 5, "siglip_llama": 4}.get(family, 16)
     assert [shape[:-1].numel() for shape in seen] == [3 * patches_of_one]
 
 
