@@ -6,8 +6,9 @@ blocks cost nothing; what surrounds them (patch embedding, adapter) runs as ever
 
     cache_dir/<fingerprint of the tower>/<first two letters>/<key of the picture>.safetensors
 
-The key is the picture as the processor made it, so another resolution or augmentation is another entry; the
-fingerprint covers the tower's weights and configuration, so another tower is another folder.
+The key is the picture as the processor made it, with its rows and columns of patches, so another resolution or
+augmentation is another entry; the fingerprint covers the tower's weights and configuration, so another tower is
+another folder.
 """
 
 import hashlib
@@ -62,23 +63,26 @@ class FeatureCache:
         if pixels is None or "pixel_values_videos" in batch:
             yield
             return
-        pictures = _split(pixels, batch.get("image_grid_thw"))
-        paths = [self._path(picture) for picture in pictures]
+        grid = batch.get("image_grid_thw")
+        pictures = _split(pixels, grid)
+        shapes = [list(picture.shape) for picture in pictures] if grid is None else grid.tolist()
+        paths = [self._path(picture, shape) for picture, shape in zip(pictures, shapes, strict=True)]
         missing = [path for path in paths if not path.exists()]
         self.misses += len(missing)
         self.hits += len(paths) - len(missing)
         if missing:
             with recording(self.blocks, self.kept) as outputs:
                 yield
-            self._store(paths, outputs, batch.get("image_grid_thw"))
+            self._store(paths, outputs, grid)
         else:
             loaded = [_load(path) for path in paths]
             join = torch.cat if pixels.ndim == 2 else torch.stack
             with replaying(self.blocks, {index: join([picture[index] for picture in loaded]) for index in self.kept}):
                 yield
 
-    def _path(self, picture: Tensor) -> Path:
-        digest = hashlib.blake2b(f"{picture.dtype}{tuple(picture.shape)}".encode(), digest_size=16)
+    def _path(self, picture: Tensor, shape: list[int]) -> Path:
+        # The shape besides the bytes: patches of a blank page are the same ones, however they lie.
+        digest = hashlib.blake2b(f"{picture.dtype}{shape}".encode(), digest_size=16)
         digest.update(_bytes(picture))
         key = digest.hexdigest()
         return self.folder / key[:2] / f"{key}.safetensors"

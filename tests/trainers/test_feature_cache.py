@@ -2,10 +2,16 @@
 
 import pytest
 import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText
 
+from processing.example import Example
+from processing.processing_families import load_processor
+from trainers.example_batches import ExampleCollator, at_stage_resolution
 from trainers.families import find_parts
 from trainers.feature_cache import FeatureCache
 from trainers.freezing import TrainedParts, freeze
+from trainers.stages import SFT
 
 STAGE_3 = TrainedParts(("adapter", "language_model", "embeddings"))
 
@@ -73,20 +79,72 @@ def test_another_picture_is_not_served_with_this_ones_features(frozen, family, m
     batch = collate(make_rows(family, 1, seed=3))
     cache = FeatureCache(frozen, tmp_path)
     loss_and_gradients(frozen, batch, cache)
-    batch["pixel_values"] = batch["pixel_values"] + 0.5
+    batch["pixel_values"].view(-1)[-1] += 0.5
     served = loss_and_gradients(frozen, batch, cache)[0]
     assert cache.hits == 0
     torch.testing.assert_close(served, loss_and_gradients(frozen, batch)[0], rtol=0, atol=0)
 
 
-def test_other_weights_are_another_folder(build, tmp_path):
-    model = build("qwen_vl")
-    parts = freeze(model, STAGE_3).parts
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_a_blank_page_of_another_shape_is_not_served_with_this_ones_features(frozen, make_rows, collate, tmp_path):
+    """4 x 4 and 2 x 8 patches of one colour are the same numbers, but lie elsewhere."""
+    batch = collate(make_rows(frozen.base.config.model_type, 1, seed=3))
+    batch["pixel_values"] = torch.full_like(batch["pixel_values"], 0.5)
+    cache = FeatureCache(frozen, tmp_path)
+    square = loss_and_gradients(frozen, batch, cache)[0]
+    batch["image_grid_thw"] = torch.tensor([[1, 2, 8]])
+    truth = loss_and_gradients(frozen, batch)[0]
+    assert abs(truth - square) > 1e-5
+    assert loss_and_gradients(frozen, batch, cache)[0] == truth
+    assert (cache.hits, cache.misses) == (0, 2)
+
+
+@pytest.mark.parametrize("family", ["qwen_vl", "qwen2_5_vl"])
+def test_a_picture_in_another_resolution_is_another_entry(family, model_folder, tmp_path):
+    """One colour again, so that nothing but the size tells them apart; and the first is still there afterwards."""
+    folder = model_folder(family)
+    parts = freeze(AutoModelForImageTextToText.from_pretrained(folder), STAGE_3).parts
+    processor, config = load_processor(folder), parts.base.config
+    picture = {"type": "image", "image": Image.new("RGB", (32, 32), "white")}
+    row = Example([{"role": "user", "content": [picture]}, {"role": "assistant", "content": "White."}])
+    cache = FeatureCache(parts, tmp_path)
+    for side, counts in [(8, (0, 1)), (16, (0, 2)), (8, (1, 2)), (16, (2, 2))]:
+        batch = ExampleCollator(at_stage_resolution(processor, config, SFT, side), SFT)([row])
+        served = loss_and_gradients(parts, batch, cache)[0]
+        assert (cache.hits, cache.misses) == counts
+        assert served == loss_and_gradients(parts, batch)[0]
+
+
+def test_every_weight_of_the_tower_and_its_configuration_tell_the_folder(build, family, tmp_path):
+    parts = freeze(build(family), STAGE_3).parts
+    folders = [FeatureCache(parts, tmp_path).folder]
+    assert FeatureCache(parts, tmp_path).folder == folders[0]
+    for _, weight in parts.parameters("tower"):
+        with torch.no_grad():
+            weight.view(-1)[-1] += 1e-3
+        folders.append(FeatureCache(parts, tmp_path).folder)
+    parts.base.config.vision_config.hidden_act = "relu"
+    folders.append(FeatureCache(parts, tmp_path).folder)
+    assert len(set(folders)) == len(folders)
+
+
+def test_weights_outside_the_tower_may_train_and_keep_the_folder(build, family, tmp_path):
+    parts = freeze(build(family), STAGE_3).parts
     before = FeatureCache(parts, tmp_path).folder
+    for part in STAGE_3.parts:
+        for _, weight in parts.parameters(part):
+            weight.data += 1e-3
     assert FeatureCache(parts, tmp_path).folder == before
-    with torch.no_grad():
-        next(p for _, p in parts.parameters("tower")).view(-1)[7] += 1e-3
-    assert FeatureCache(parts, tmp_path).folder != before
+
+
+def test_a_tower_that_was_trained_meanwhile_is_run_again(frozen, family, make_rows, collate, tmp_path):
+    batch = collate(make_rows(family, 2, seed=3))
+    old = loss_and_gradients(frozen, batch, FeatureCache(frozen, tmp_path))[0]
+    for _, weight in frozen.parameters("tower"):
+        weight.data *= 1.5
+    cache = FeatureCache(frozen, tmp_path)
+    assert loss_and_gradients(frozen, batch, cache)[0] == loss_and_gradients(frozen, batch)[0] != old
+    assert (cache.hits, cache.misses) == (0, 2)
 
 
 def test_a_batch_of_text_alone_passes_by(build, make_rows, collate, tmp_path):
@@ -96,9 +154,10 @@ def test_a_batch_of_text_alone_passes_by(build, make_rows, collate, tmp_path):
     assert (cache.hits, cache.misses) == (0, 0)
 
 
-def test_an_inner_layer_that_is_read_is_kept_too(build, make_rows, collate, tmp_path):
+@pytest.mark.parametrize("layer", [-2, 2])  # of 3 blocks; hidden state 0 is what goes into the first
+def test_an_inner_layer_that_is_read_is_kept_too(build, make_rows, collate, tmp_path, layer):
     model = build("llava")
-    model.config.vision_feature_layer = -2
+    model.config.vision_feature_layer = layer
     parts = freeze(model, STAGE_3).parts
     batch = collate(make_rows("llava", 2, seed=3))
     cache = FeatureCache(parts, tmp_path)

@@ -211,6 +211,25 @@ def test_a_reload_in_fresh_objects_gives_the_same_logits_with_every_trained_tens
     assert all(torch.equal(saved[name], in_adapter[name]) for name in saved)
 
 
+def test_dora_is_reloaded_with_its_magnitudes_beside_a_whole_adapter_and_new_embeddings(
+    tmp_path, build, make_rows, collate, family
+):
+    batch = collate(make_rows(family, 2))
+    batch["input_ids"][:, -1] = batch["labels"][:, -1] = NEW_TOKENS[0]
+    model = add_lora(build(family), lora_recipe(adapter="full", embeddings="new_tokens", dora=True), NEW_TOKENS)
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    take_steps(model, batch)
+    moved = {name for name, p in model.named_parameters() if name in start and not torch.equal(p, start[name])}
+    for kind in ("lora_A", "lora_B", "lora_magnitude_vector", "modules_to_save", "trainable_tokens_delta"):
+        assert any(kind in name for name in moved), kind
+    model.save_pretrained(tmp_path)
+    again = load_lora(build(family), tmp_path)
+    torch.testing.assert_close(logits(again, batch), logits(model, batch), rtol=0, atol=0)
+    saved, loaded = dict(model.named_parameters()), dict(again.named_parameters())
+    assert saved.keys() == loaded.keys()
+    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+
+
 def test_float32_updates_of_a_bfloat16_base_are_reloaded_without_rounding(tmp_path, build):
     model = add_lora(build("qwen2_5_vl").bfloat16(), lora_recipe(adapter="full", dtype="bfloat16"))
     for parameter in model.parameters():
@@ -254,15 +273,23 @@ def test_new_tokens_beyond_the_table_find_room_again_on_reload(tmp_path, build, 
 
 
 @pytest.fixture
-def quantized(tmp_path, build, family):
-    model = build(family)
-    model.save_pretrained(tmp_path / "base")
-    return AutoModelForImageTextToText.from_pretrained(
-        tmp_path / "base",
-        dtype=torch.float32,
-        quantization_config=quantization_config(tmp_path / "base", torch.float32),
-        device_map={"": "cpu"},
-    )
+def load_quantized(tmp_path, build, family):
+    build(family).save_pretrained(tmp_path / "base")
+
+    def load():
+        return AutoModelForImageTextToText.from_pretrained(
+            tmp_path / "base",
+            dtype=torch.float32,
+            quantization_config=quantization_config(tmp_path / "base", torch.float32),
+            device_map={"": "cpu"},
+        )
+
+    return load
+
+
+@pytest.fixture
+def quantized(load_quantized):
+    return load_quantized()
 
 
 def test_four_bits_reach_every_linear_layer_of_the_language_model_and_no_other(quantized):
@@ -304,6 +331,27 @@ def test_qlora_learns_on_the_cpu_and_leaves_frozen_dtypes_alone(tmp_path, quanti
     model.save_pretrained(tmp_path / "adapter")
     with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
         assert not any("quant" in name for name in file.keys())  # noqa: SIM118 -- not a dict
+
+
+@pytest.mark.parametrize("embeddings", ["new_tokens", "full"])
+def test_qlora_is_reloaded_onto_four_bits_with_every_trained_tensor(
+    tmp_path, load_quantized, make_rows, collate, family, embeddings
+):
+    batch = collate(make_rows(family, 2))
+    batch["input_ids"][:, -1] = batch["labels"][:, -1] = NEW_TOKENS[0]
+    model = add_lora(load_quantized(), lora_recipe(adapter="full", embeddings=embeddings), NEW_TOKENS)
+    untrained, _ = supervised_loss(model, batch)
+    take_steps(model, batch)
+    model.save_pretrained(tmp_path / "adapter")
+    again = load_lora(load_quantized(), tmp_path / "adapter")
+    trained, loaded = get_peft_model_state_dict(model), get_peft_model_state_dict(again)
+    assert trained.keys() == loaded.keys()
+    assert all(torch.equal(trained[name], loaded[name]) for name in trained)
+    # In training mode: bitsandbytes' CPU kernel for evaluation wants layers of at least 64.
+    after, _ = supervised_loss(model.train(), batch)
+    reloaded, _ = supervised_loss(again.train(), batch)
+    assert reloaded == after
+    assert abs(after - untrained) > 0.01
 
 
 def test_an_evaluation_leaves_a_model_in_four_bits_as_it_was(quantized, make_rows, collate, family):
