@@ -210,21 +210,23 @@ def _labeller(memory: Allocations, label: str):
 
 def _loss(decided: Freeze, recipe: Recipe, memory: Allocations) -> Tensor:
     base, data = decided.parts.base, recipe.data
-    rows = 1 if data.packing else recipe.hardware.per_device_batch_size
+    at_once = recipe.hardware.per_device_batch_size
+    # Packed rows of a batch become one.
+    rows, length = (1, at_once * data.max_length) if data.packing else (at_once, data.max_length)
     memory.label = "other"
-    features = _picture_features(base, rows * recipe.estimate.pictures_per_row, data.picture_side)
-    num_tokens = rows * data.max_length
+    features = _picture_features(base, at_once * recipe.estimate.pictures_per_row, data.picture_side)
+    num_tokens = rows * length
     if len(features) >= num_tokens:
         raise ValueError(
             f"{recipe.estimate.pictures_per_row} picture(s) of {data.picture_side} pixels have "
-            f"{len(features) // rows} tokens, which leaves nothing of data.max_length {data.max_length}."
+            f"{len(features) // at_once} tokens, which leaves nothing of data.max_length {data.max_length}."
         )
     memory.label = "embeddings"
     embedded = base.get_input_embeddings()(torch.empty(num_tokens, dtype=torch.long, device="meta"))
-    merged = torch.cat([features.to(embedded.dtype), embedded[len(features) :]]).view(rows, data.max_length, -1)
+    merged = torch.cat([features.to(embedded.dtype), embedded[len(features) :]]).view(rows, length, -1)
     (language_model,) = decided.parts.modules("language_model")
     # On the CPU, since transformers looks into positions for packed rows.
-    places = torch.arange(data.max_length, device="cpu").expand(rows, -1)
+    places = torch.arange(length, device="cpu").expand(rows, -1)
     hidden = language_model(inputs_embeds=merged, position_ids=places, use_cache=False).last_hidden_state
     num_visual = len(features)
     del features, embedded, merged

@@ -202,6 +202,17 @@ def test_what_the_settings_save():
     assert longer == pytest.approx(2 * kept, rel=0.02)  # linear in length: no attention matrix is kept
 
 
+def test_a_packed_batch_is_one_long_row_and_costs_what_its_rows_cost():
+    padded, packed = moving(), moving("data.packing=true")
+    for label in ("language_model", "head and loss"):
+        assert packed[label] == pytest.approx(padded[label], rel=0.02)
+    half = moving("data.packing=true", f"hardware.per_device_batch_size={ROWS // 2}")
+    assert half["language_model"] == pytest.approx(packed["language_model"] / 2, rel=0.02)
+    matrices = 4 * 4 * 512 * 512 * 4  # layers x heads x length x length x bytes
+    eager = moving("data.packing=true", "model.attention=eager")["language_model"]
+    assert eager - packed["language_model"] == pytest.approx(matrices, rel=0.02)
+
+
 def test_more_pictures_cost_the_tower_when_it_trains():
     one = moving("parts.tower.train=full")["tower"]
     assert moving("parts.tower.train=full", "estimate.pictures_per_row=3")["tower"] == pytest.approx(3 * one, rel=0.05)
