@@ -94,9 +94,11 @@ class GenerationEvaluation:
         scores: task -> names of SCORES and CORPUS_SCORES, besides or instead of those of TASK_SCORES.
         limits: which pictures may be loaded.
         num_drawn: answers per evaluation whose picture is drawn, with the true and the predicted boxes.
+        temperature: of sampling from the whole distribution, above 0; None: greedy.
 
     Raises:
-        ValueError: no examples, an example without an answer to compare with, or an unknown score.
+        ValueError: no examples, a temperature of 0 or less, an example without an answer to compare with, or an
+            unknown score.
     """
 
     examples: Sequence[Example]
@@ -105,10 +107,13 @@ class GenerationEvaluation:
     scores: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     limits: PictureLimits = ANYTHING
     num_drawn: int = 0
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
         if not self.examples:
             raise ValueError("GenerationEvaluation has no examples to ask about.")
+        if self.temperature is not None and self.temperature <= 0:
+            raise ValueError(f"A temperature of {self.temperature} cannot be sampled at; None answers greedily.")
         for example in self.examples:
             if example.kind != "sft":
                 raise ValueError(f"{example.source.where}: kind {example.kind!r} has no answer to compare with.")
@@ -118,7 +123,7 @@ class GenerationEvaluation:
                 raise ValueError(f"Task {task!r} asks for {', '.join(sorted(unknown))}; known scores are {known}.")
 
     def answers(self, model: nn.Module, processor: GroundingMixin) -> list[Answer]:
-        """The answers of `model` (greedy), in the order of `examples`. Model modes are as before when it returns."""
+        """The answers of `model`, in the order of `examples`. Model modes are as before when it returns."""
         was_training = {module: module.training for module in model.modules()}
         model.eval()
         try:
@@ -185,7 +190,10 @@ class GenerationEvaluation:
             processor_kwargs={"padding": True, "padding_side": "left", "return_tensors": "pt"},
         )
         inputs = inputs.to(next(model.parameters()).device)
-        output = model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+        how: dict[str, Any] = {"do_sample": False}
+        if self.temperature is not None:
+            how = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+        output = model.generate(**inputs, max_new_tokens=self.max_new_tokens, **how)
         new = output[:, inputs["input_ids"].shape[1] :]
         said = [until_stop(ids, model.generation_config) for ids in new.tolist()]
         raws = processor.tokenizer.batch_decode(said, skip_special_tokens=False)

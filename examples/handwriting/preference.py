@@ -12,7 +12,7 @@ by others.
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,14 +35,13 @@ from trl import GRPOConfig, RLOOConfig
 import modeling_qwenvl  # noqa: F401 (registers the model)
 from examples.handwriting.conversations import chat
 from examples.handwriting.digits import DEV_FORMS, TEST_FORMS, TRAIN_FORMS, digits_of
+from examples.handwriting.preference_scores import LONGEST, TITLES, difference, measure, table
 from examples.handwriting.scenes import NUMERALS, Scene, make_scenes
 from processing.example import Example, Message
-from processing.metrics import exact_match, iou
 from processing.processing_families import load_processor
 from trainers.arguments import StageArguments
 from trainers.dpo import QwenVLDPOTrainer
 from trainers.dpo_arguments import DPOArguments
-from trainers.evaluation import Answer, GenerationEvaluation
 from trainers.grpo import QwenVLGRPOTrainer
 from trainers.ppo import PPOArguments, QwenVLPPOTrainer
 from trainers.reward_solution import answer_of, read_solution, text_of
@@ -53,8 +52,6 @@ from trainers.sft import QwenVLSFTTrainer
 TASKS = ("grounding", "reading")
 SCENES = 2000  # to learn from, two questions each
 HELD_OUT = 300  # scenes
-NUM_RESAMPLES = 2000
-LONGEST = 32  # tokens of an answer
 GROUP = 8  # completions per prompt
 PROMPTS = 16  # per step
 TEMPERATURE = 1.0
@@ -62,7 +59,7 @@ Method = StrEnum("Method", ["sft", "dpo", "grpo", "rloo", "ppo"])
 # Peak learning rates. GRPO's was tried on one model, for one to three minutes each: at 3e-4 the entropy collapses and
 # boxes end below their greedy start; at 1e-4 they stay within the noise. The others were not tuned.
 RATES = {Method.sft: 1e-4, Method.dpo: 2e-5, Method.grpo: 1e-4, Method.rloo: 1e-4, Method.ppo: 1e-4}
-TEST_SEED, DEVELOPMENT_SEED = 300, 301
+TEST_SEED, DEVELOPMENT_SEED, QUESTION_SEED = 300, 301, 7
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -189,60 +186,7 @@ def make_trainer(
     return trainer(model, REWARDS, config(**common, **sampling, **beta), prompts, processor)
 
 
-# --- Scores ---
-
-
-@dataclass(frozen=True)
-class Scores:
-    """One value per held-out question, for intervals over questions and over runs."""
-
-    box_iou: list[float]
-    box_right: list[float]
-    reading: list[float]
-
-    @property
-    def reward(self) -> list[float]:
-        """IoU of a box, 1 or 0 for a word: what all methods are after."""
-        return self.box_iou + self.reading
-
-
-def measure(model: PreTrainedModel, processor: Any, scenes: Sequence[Scene]) -> Scores:
-    """Greedy answers to the held-out questions, scored. An answer with other than one box has IoU 0."""
-    asked = GenerationEvaluation(rows(scenes, seed=7), batch_size=100, max_new_tokens=LONGEST)
-    answers = asked.answers(model, processor)
-    boxes = [answer for answer in answers if answer.example.task == "grounding"]
-    ious = [_iou(answer) for answer in boxes]
-    words = [float(exact_match(a.text, a.truths) and not a.boxes) for a in answers if a.example.task == "reading"]
-    return Scores(ious, [float(value >= 0.5) for value in ious], words)
-
-
-def _iou(answer: Answer) -> float:
-    return iou(answer.boxes[0], answer.true_boxes[0]) if len(answer.boxes) == 1 else 0.0
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean, by resampling (percentiles of 2000 bootstrap means, seed 0).
-
-    Example:
-        >>> interval([0.5] * 10)
-        (0.5, 0.5)
-    """
-    rng = np.random.default_rng(0)
-    data = np.asarray(values)
-    means = data[rng.integers(len(data), size=(NUM_RESAMPLES, len(data)))].mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def difference(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
-    """Mean gain on the same questions, and its 95 % interval.
-
-    Example:
-        >>> difference([0.0, 0.5], [0.5, 1.0])
-        (0.5, 0.5, 0.5)
-    """
-    gains = np.asarray(after) - np.asarray(before)
-    return float(gains.mean()), *interval(gains.tolist())
+# --- Commands ---
 
 
 @app.command()
@@ -265,14 +209,15 @@ def run(
     else:
         held_out = make_scenes(digits_of(TEST_FORMS), HELD_OUT, seed=TEST_SEED)
     scenes = make_scenes(digits_of((*TRAIN_FORMS, *DEV_FORMS)), SCENES, seed=500 + seed)
-    before = measure(policy, processor, held_out)
+    questions = rows(held_out, QUESTION_SEED)
+    before = measure(policy, processor, questions, TEMPERATURE)
     budget = Budget(60 * minutes)
     with TemporaryDirectory() as folder:
         chosen = RATES[method] if rate is None else rate
         trainer = make_trainer(method, policy, processor, rows(scenes, seed), chosen, seed, folder)
         trainer.add_callback(budget)
         trainer.train()
-    after = measure(policy, processor, held_out)
+    after = measure(policy, processor, questions, TEMPERATURE)
     record = {
         "method": method.value,
         "seed": seed,
@@ -287,46 +232,11 @@ def run(
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"{method.value}-{model.name}-{seed}.json"
     path.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    for name in ("box_iou", "box_right", "reading"):
+    for name, title in TITLES.items():
         start, end = getattr(before, name), getattr(after, name)
         gain, low, high = difference(start, end)
-        typer.echo(f"{name:10} {np.mean(start):.3f} -> {np.mean(end):.3f}  gain {gain:+.3f} [{low:+.3f}, {high:+.3f}]")
+        typer.echo(f"{title:20} {np.mean(start):.3f} -> {np.mean(end):.3f}  {gain:+.3f} ({low:+.3f} to {high:+.3f})")
     typer.echo(f"{trainer.state.global_step} steps in {budget.used / 60:.2f} minutes; {path}")
-
-
-# --- The table ---
-
-COLUMNS = {"reward": "reward", "box_iou": "mean IoU", "box_right": "IoU >= 0.5", "reading": "reading"}
-
-
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """Markdown: per method the means over its runs, and the gain over the start with its 95 % interval.
-
-    Intervals resample the questions of all runs of a method, each run's gain being on the same questions.
-    """
-    lines = [
-        "| method | runs | steps | " + " | ".join(f"{name} | gain" for name in COLUMNS.values()) + " |",
-        "|---|---|---|" + "---|---|" * len(COLUMNS),
-    ]
-    starts = [_average([Scores(**record["before"]) for record in records], key) for key in COLUMNS]
-    lines.append("| start | | | " + " | ".join(f"{np.mean(values):.3f} | " for values in starts) + " |")
-    for method in Method:
-        runs = [record for record in records if record["method"] == method.value]
-        if not runs:
-            continue
-        cells = [method.value, str(len(runs)), f"{np.mean([record['steps'] for record in runs]):.0f}"]
-        for key in COLUMNS:
-            before = _average([Scores(**record["before"]) for record in runs], key)
-            after = _average([Scores(**record["after"]) for record in runs], key)
-            gain, low, high = difference(before, after)
-            cells += [f"{np.mean(after):.3f}", f"{gain:+.3f} [{low:+.3f}, {high:+.3f}]"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _average(scores: Sequence[Scores], key: str) -> list[float]:
-    """Mean over runs of what each question got."""
-    return np.mean([getattr(one, key) for one in scores], axis=0).tolist()
 
 
 @app.command("table")

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from examples.handwriting import preference
+from examples.handwriting import preference, preference_scores
 from examples.handwriting.digits import TRAIN_FORMS, digits_of
 from examples.handwriting.model import make_model, make_processor
 from examples.handwriting.scenes import make_scenes
@@ -54,11 +54,11 @@ def test_a_rejected_answer_is_another_box_inside_the_picture_or_another_digit(sc
 
 
 def test_intervals_and_gains_are_over_the_same_questions():
-    assert preference.interval([0.25] * 7) == (0.25, 0.25)
-    low, high = preference.interval([0.0, 1.0] * 50)
+    assert preference_scores.interval([0.25] * 7) == (0.25, 0.25)
+    low, high = preference_scores.interval([0.0, 1.0] * 50)
     assert (low, high) == (pytest.approx(0.4, abs=0.03), pytest.approx(0.6, abs=0.03))
     # Each question gains 0.1, however different the questions are.
-    assert preference.difference([0.0, 0.5, 0.9], [0.1, 0.6, 1.0]) == pytest.approx((0.1, 0.1, 0.1))
+    assert preference_scores.difference([0.0, 0.5, 0.9], [0.1, 0.6, 1.0]) == pytest.approx((0.1, 0.1, 0.1))
 
 
 def test_an_answer_with_two_boxes_scores_nothing():
@@ -70,14 +70,15 @@ def test_an_answer_with_two_boxes_scores_nothing():
     def answered(*boxes):
         return Answer(None, (), "", ParsedAnswer(boxes, (), ""), (), (true,))
 
-    assert preference._iou(answered(Box(0, 0, 10, 5))) == iou(Box(0, 0, 10, 5), true) == 0.5
-    assert preference._iou(answered(true, true)) == 0
-    assert preference._iou(answered()) == 0
+    assert preference_scores._iou(answered(Box(0, 0, 10, 5))) == iou(Box(0, 0, 10, 5), true) == 0.5
+    assert preference_scores._iou(answered(true, true)) == 0
+    assert preference_scores._iou(answered()) == 0
 
 
 def test_the_table_averages_runs_and_shows_gains():
     def record(method, seed, after):
         before = {"box_iou": [0.2, 0.4], "box_right": [0.0, 0.0], "reading": [1.0, 0.0]}
+        before |= {"sampled_iou": [0.1, 0.3], "sampled_reading": [0.5, 0.0]}
         return {"method": method, "seed": seed, "steps": 10 * seed, "before": before, "after": {**before, **after}}
 
     records = [
@@ -85,12 +86,15 @@ def test_the_table_averages_runs_and_shows_gains():
         record("grpo", 1, {"box_iou": [0.4, 0.6]}),
         record("grpo", 3, {"box_iou": [0.6, 0.8]}),
     ]
-    lines = preference.table(records).splitlines()
+    lines = preference_scores.table(records).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["start", "sft", "grpo"]
     cells = [cell.strip() for cell in lines[4].split("|")[1:-1]]
-    # method, runs, steps; reward; IoU: means of 0.5 and 0.7 after 0.3
     assert cells[:3] == ["grpo", "2", "20"]
-    assert cells[5:7] == ["0.600", "+0.300 [+0.300, +0.300]"]
+    shown = dict(zip(preference_scores.TITLES, cells[3:], strict=True))
+    # Means of 0.5 and 0.7, after 0.3; the reward takes the words in, which gained nothing.
+    assert shown["box_iou"] == "0.600 (+0.300; +0.300 to +0.300)"
+    assert shown["reward"].startswith("0.550 (+0.150; ")
+    assert shown["sampled_reward"] == "0.225 (+0.000; +0.000 to +0.000)"
 
 
 @pytest.mark.slow
@@ -98,10 +102,11 @@ def test_the_table_averages_runs_and_shows_gains():
 def test_each_method_runs_and_leaves_scores(model_dir, tmp_path, monkeypatch, method):
     for name, value in {"SCENES": 24, "HELD_OUT": 4, "GROUP": 2, "PROMPTS": 2, "LONGEST": 6}.items():
         monkeypatch.setattr(preference, name, value)
+    monkeypatch.setattr(preference_scores, "LONGEST", 6)
     preference.run(model_dir, method, seed=1, minutes=0.001, rate=1e-4, output=tmp_path)
     (path,) = tmp_path.glob("*.json")
     record = json.loads(path.read_text())
     assert record["method"] == method
     assert record["steps"] >= 1
-    assert len(record["before"]["box_iou"]) == len(record["after"]["reading"]) == 4
+    assert len(record["before"]["box_iou"]) == len(record["after"]["sampled_reading"]) == 4
     preference.print_table(tmp_path)

@@ -35,10 +35,10 @@ class Parrot(nn.Module):
         self.answers = answers
         self.prompts, self.batch_sizes, self.num_pictures = [], [], []
 
-    def generate(self, input_ids, attention_mask, max_new_tokens, do_sample, pixel_values=None):
+    def generate(self, input_ids, attention_mask, max_new_tokens, pixel_values=None, **how):
         assert not self.training
         assert not self.dropout.training
-        assert not do_sample
+        self.how = how
         assert bool(attention_mask[:, -1].all()), "prompts are padded on the left"
         prompts = self.tokenizer.batch_decode(input_ids)
         self.prompts += prompts
@@ -152,6 +152,15 @@ def test_scores_are_means_per_task_and_the_column_answers_names_all_accepted_tex
     }
 
 
+def test_answers_are_greedy_unless_a_temperature_is_given(processor):
+    model = Parrot(processor, {"Q": "one"})
+    GenerationEvaluation([ask("Q", text("one"))]).answers(model, processor)
+    assert model.how == {"do_sample": False}
+    GenerationEvaluation([ask("Q", text("one"))], temperature=0.7).answers(model, processor)
+    # The whole distribution, whatever the checkpoint's generation config narrows it to.
+    assert model.how == {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 1.0}
+
+
 def test_module_modes_are_as_before(processor):
     model = Parrot(processor, {"Q1?": "one"}).train()
     model.dropout.eval()
@@ -164,6 +173,7 @@ def test_module_modes_are_as_before(processor):
     ("settings", "message"),
     [
         ({"examples": []}, "no examples"),
+        ({"examples": [ask("Q", text("a"))], "temperature": 0.0}, "temperature of 0.0 cannot be sampled"),
         ({"examples": [ask("Q", text("a"))], "scores": {"vqa": ("bleu",)}}, "asks for bleu; known scores are anls"),
         (
             {"examples": [Example([{"role": "user", "content": "Q"}], kind="reward", solution="a")]},
