@@ -9,13 +9,15 @@ import os
 import subprocess
 import sys
 import zlib
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageTextToText, set_seed
-from trl import GRPOConfig
+from trl import GRPOConfig, RLOOConfig
 
 from processing.example import Example, Source
 from processing.processing_families import load_processor
@@ -23,10 +25,12 @@ from trainers.arguments import StageArguments
 from trainers.dpo import QwenVLDPOTrainer
 from trainers.dpo_arguments import DPOArguments
 from trainers.grpo import QwenVLGRPOTrainer
+from trainers.lora import load_lora, whole_modules
 from trainers.multitask import QwenVLMultiTaskTrainer
 from trainers.pretrain import QwenVLPretrainTrainer
 from trainers.recipe_reading import load_recipe
 from trainers.rewards import RewardTerm
+from trainers.rloo import QwenVLRLOOTrainer
 from trainers.sft import QwenVLSFTTrainer
 from trainers.train import train
 
@@ -75,7 +79,7 @@ def make_trainer(builders, make_row, collate, family, stage, output, batch, **se
     set_seed(0)
     model = builders[family]()
     rows = [make_row(family, seed, 5 + 3 * (seed % 4), pictures=seed % 2) for seed in range(8)]
-    arguments = StageArguments(output_dir=str(output), per_device_train_batch_size=batch, **SETTINGS, **settings)
+    arguments = StageArguments(output_dir=str(output), per_device_train_batch_size=batch, **SETTINGS | settings)
     return TRAINERS[stage](model, arguments, train_dataset=rows, data_collator=collate)
 
 
@@ -146,23 +150,113 @@ def test_a_stage_under_fsdp2_equals_one_process_and_its_save_reloads_in_one(fsdp
     assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in weights.items())
 
 
-PREFERENCE_SCRIPT = """
-import sys
-tests, folder, *models = sys.argv[1:]
+# Two steps with SGD, to compare with one process; four with AdamW; and the last two of these from a checkpoint.
+RESUME_SCRIPT = """
+import json, sys
+tests, folder, cases = sys.argv[1:]
 sys.path.insert(0, tests)
-import torch
+import conftest, torch
 import test_two_processes as here
 
-for number, model in enumerate(models):
-    trainer = here.make_dpo_trainer(model, f"{folder}/{number}", batch=1)
-    trainer.train()
-    if trainer.is_world_process_zero():
+def make(name, family, kind, **settings):
+    build = {family: here.BUILD[kind](conftest.BUILDERS[family])}
+    return here.make_trainer(build, conftest._row, conftest._collate, family, "sft", f"{folder}/{name}", batch=1,
+                             fsdp=True, **settings)
+
+for family, kind in json.loads(cases):
+    case = f"{family}-{kind}"
+    steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-2}
+    results = []
+    for settings, checkpoint in (({}, None), (steps, None), (steps, f"{folder}/{case}/checkpoint-2")):
+        trainer = make(case, family, kind, **settings)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        torch.save((losses, trainer.accelerator.unwrap_model(trainer.model).state_dict()), f"{folder}/{number}.pt")
+        results.append((losses, state, {type(p).__name__ for p in trainer.model.parameters()}))
+    trainer.save_model(f"{folder}/{case}/final")
+    if trainer.is_world_process_zero():
+        torch.save(results, f"{folder}/{case}.pt")
 """
 
 
-def make_dpo_trainer(folder, output, batch):
+def with_lora_and_adapter(model):
+    set_seed(7)
+    layers = r"model\.language_model\..*\.(q|v)_proj"
+    return get_peft_model(
+        model, LoraConfig(r=2, target_modules=layers, modules_to_save=whole_modules(model, ["adapter"]))
+    )
+
+
+BUILD = {
+    "full": lambda build: build,
+    "lora": lambda build: lambda: with_lora_and_adapter(build()),
+}
+RESUMED = [("qwen_vl", "full"), ("qwen2_5_vl", "full"), ("qwen2_5_vl", "lora")]
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resumed")
+    (folder / "script.py").write_text(RESUME_SCRIPT)
+    launch(folder / "script.py", str(Path(__file__).parent), folder, json.dumps(RESUMED))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", RESUMED, ids="-".join)
+def test_a_sharded_run_goes_on_from_its_checkpoint_bit_for_bit(resumed, case):
+    _, (losses, whole, _), (losses_again, again, shards) = torch.load(resumed / f"{'-'.join(case)}.pt")
+    assert shards == {"DTensor"}
+    assert losses_again == losses
+    assert len(set(losses)) == 4
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(again[name], weight) for name, weight in whole.items())
+
+
+@pytest.mark.slow
+def test_lora_beside_a_whole_adapter_under_fsdp2_equals_one_process_and_reloads(
+    resumed, build, row_of, collate, tmp_path
+):
+    (losses, weights, _), _, (_, last, _) = torch.load(resumed / "qwen2_5_vl-lora.pt")
+    builders = {"qwen2_5_vl": lambda: with_lora_and_adapter(build("qwen2_5_vl"))}
+    alone = make_trainer(builders, row_of, collate, "qwen2_5_vl", "sft", tmp_path, batch=2)
+    before = {name: weight.clone() for name, weight in alone.model.state_dict().items()}
+    alone.train()
+    assert losses == pytest.approx([e["loss"] for e in alone.state.log_history if "loss" in e], abs=1e-4)
+    moved = 0
+    for name, weight in alone.model.state_dict().items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-4, msg=name)
+        moved = max(moved, (before[name] - weight).abs().max())
+    assert moved > 1e-2
+    reloaded = load_lora(build("qwen2_5_vl"), resumed / "qwen2_5_vl-lora" / "final").state_dict()
+    assert reloaded.keys() == last.keys()
+    assert all(torch.equal(reloaded[name], weight) for name, weight in last.items())
+
+
+PREFERENCE_SCRIPT = """
+import sys
+tests, algorithm, folder, cases = sys.argv[1:]
+sys.path.insert(0, tests)
+import json, torch
+import test_two_processes as here
+
+for name, (model, settings) in json.loads(cases).items():
+    trainer = here.PREFERENCES[algorithm](model, f"{folder}/{name}", batch=1, **settings)
+    trainer.train()
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    shards = [type(p).__name__ for p in trainer.model.parameters()]
+    if trainer.is_world_process_zero():
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        torch.save((losses, state, shards), f"{folder}/{name}.pt")
+"""
+
+
+def with_lora(model):
+    set_seed(7)
+    return get_peft_model(model, LoraConfig(r=2, target_modules=r"model\.language_model\..*\.(q|v)_proj"))
+
+
+def make_dpo_trainer(folder, output, batch, lora=False, **settings):
     rows = []
     for number in range(8):
         picture = [{"type": "image", "image": Image.new("RGB", (8, 8), (30 * number,) * 3)}] * (number % 2)
@@ -177,8 +271,31 @@ def make_dpo_trainer(folder, output, batch):
         )
     set_seed(0)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    arguments = DPOArguments(str(output), per_device_train_batch_size=batch, bf16=False, **PREFERENCE_SETTINGS)
-    return QwenVLDPOTrainer(model, arguments, rows, processing_class=load_processor(folder))
+    arguments = DPOArguments(
+        str(output), per_device_train_batch_size=batch, bf16=False, **PREFERENCE_SETTINGS | settings
+    )
+    return QwenVLDPOTrainer(
+        with_lora(model) if lora else model, arguments, rows, processing_class=load_processor(folder)
+    )
+
+
+def assert_preferences_equal_one_process(model_folder, tmp_path, algorithm, cases, sharded=None):
+    """cases: name -> (family, settings of one process); `sharded`: what two processes have besides."""
+    (tmp_path / "script.py").write_text(PREFERENCE_SCRIPT)
+    launched = {
+        name: (str(model_folder(family)), settings | (sharded or {})) for name, (family, settings) in cases.items()
+    }
+    launch(tmp_path / "script.py", str(Path(__file__).parent), algorithm, tmp_path, json.dumps(launched))
+    for name, (family, settings) in cases.items():
+        losses, weights, shards = torch.load(tmp_path / f"{name}.pt")
+        trainer = PREFERENCES[algorithm](model_folder(family), tmp_path / "alone", batch=2, **settings)
+        before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+        trainer.train()
+        assert losses == pytest.approx([e["loss"] for e in trainer.state.log_history if "loss" in e], abs=1e-4)
+        for key, weight in trainer.model.state_dict().items():
+            torch.testing.assert_close(weights[key], weight, rtol=0, atol=1e-4, msg=f"{name}: {key}")
+        assert max((weights[key] - weight).abs().max() for key, weight in before.items()) > 1e-2
+        assert set(shards) == ({"DTensor"} if sharded else {"Parameter"})
 
 
 @pytest.mark.slow
@@ -186,32 +303,42 @@ def make_dpo_trainer(folder, output, batch):
 def test_preference_training_under_ddp_equals_one_process_with_the_same_global_batch(
     model_folder, tmp_path, algorithm
 ):
-    make_trainer = {"dpo": make_dpo_trainer, "grpo": make_grpo_trainer}[algorithm]
-    (tmp_path / "script.py").write_text(PREFERENCE_SCRIPT.replace("make_dpo_trainer", make_trainer.__name__))
-    folders = [str(model_folder(family)) for family in FAMILIES]
-    launch(tmp_path / "script.py", str(Path(__file__).parent), tmp_path, *folders)
-    for number, folder in enumerate(folders):
-        losses, weights = torch.load(tmp_path / f"{number}.pt")
-        trainer = make_trainer(folder, tmp_path / "alone", batch=2)
-        before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
-        trainer.train()
-        assert losses == pytest.approx([e["loss"] for e in trainer.state.log_history if "loss" in e], abs=1e-4)
-        for name, weight in trainer.model.state_dict().items():
-            torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-4, msg=name)
-        assert max((weights[name] - weight).abs().max() for name, weight in before.items()) > 1e-2
+    cases = {family: (family, {}) for family in FAMILIES}
+    assert_preferences_equal_one_process(model_folder, tmp_path, algorithm, cases)
+
+
+@pytest.mark.slow
+def test_dpo_under_fsdp2_equals_one_process_with_the_same_global_batch(model_folder, tmp_path):
+    """With the reference as a copy, and with LoRA switched off: process 0 has text alone, and no picture to share."""
+    cases = {family: (family, {}) for family in FAMILIES} | {"lora": ("qwen2_5_vl", {"lora": True})}
+    assert_preferences_equal_one_process(model_folder, tmp_path, "dpo", cases, {"fsdp": True})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+def test_rollouts_under_fsdp2_equal_one_process_with_the_same_global_batch(model_folder, tmp_path, algorithm):
+    cases = {family: (family, {"beta": 0.1}) for family in FAMILIES}
+    assert_preferences_equal_one_process(model_folder, tmp_path, algorithm, cases, {"fsdp": True})
 
 
 G = 3  # completions per prompt
 
 
-class InjectedGRPO(QwenVLGRPOTrainer):
-    """GRPO on completions that the prompt and the place in its group decide, whichever process writes them."""
+def fixed_completions(trainer, prompt_ids):
+    """Decided by the prompt and the place in its group, whichever process writes them."""
+    end = trainer._tokenizer.convert_tokens_to_ids("<|im_end|>")
+    seeds = [zlib.crc32(f"{len(ids)} {place % G}".encode()) for place, ids in enumerate(prompt_ids)]
+    return [[65 + (seed >> shift) % 23 for shift in range(1 + seed % 7)] + [end] for seed in seeds]
 
+
+class InjectedGRPO(QwenVLGRPOTrainer):
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        end = self._tokenizer.convert_tokens_to_ids("<|im_end|>")
-        seeds = [zlib.crc32(f"{len(ids)} {place % G}".encode()) for place, ids in enumerate(prompt_ids)]
-        made = [[65 + (seed >> shift) % 23 for shift in range(1 + seed % 7)] + [end] for seed in seeds]
-        return made, None
+        return fixed_completions(self, prompt_ids), None
+
+
+class InjectedRLOO(QwenVLRLOOTrainer):
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        return fixed_completions(self, prompt_ids)
 
 
 def spread(completion_ids, **_):
@@ -219,7 +346,7 @@ def spread(completion_ids, **_):
     return [sum(ids) % 17 / 17 + len(ids) / 10 for ids in completion_ids]
 
 
-def make_grpo_trainer(folder, output, batch):
+def make_rollout_trainer(trainer, config, folder, output, batch, **settings):
     rows = []
     for number in range(8):
         picture = [{"type": "image", "image": Image.new("RGB", (8, 8), (30 * number,) * 3)}] * (number % 2)
@@ -228,11 +355,19 @@ def make_grpo_trainer(folder, output, batch):
         rows.append(Example([{"role": "user", "content": content}], kind="reward", solution="1", source=source))
     set_seed(0)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    arguments = GRPOConfig(
+    arguments = config(
         str(output), per_device_train_batch_size=batch * G, num_generations=G, max_completion_length=9, bf16=False,
         **{name: value for name, value in PREFERENCE_SETTINGS.items() if name != "train_sampling_strategy"},
+        **settings,
     )  # fmt: skip
-    return InjectedGRPO(model, [RewardTerm("spread", function=spread)], arguments, rows, load_processor(folder))
+    return trainer(model, [RewardTerm("spread", function=spread)], arguments, rows, load_processor(folder))
+
+
+PREFERENCES = {
+    "dpo": make_dpo_trainer,
+    "grpo": partial(make_rollout_trainer, InjectedGRPO, GRPOConfig),
+    "rloo": partial(make_rollout_trainer, InjectedRLOO, RLOOConfig),
+}
 
 
 RECIPE_SCRIPT = """
