@@ -180,20 +180,11 @@ WEIGHTS = {
     "caption": 2.0,
     "reading": 5.0,
     "seeing": 4.0,
-    "grounding": 1.5,
+    "grounding": 2.0,
     "referring": 5.0,
     "ocr": 0.5,
     "caption_with_grounding": 0.7,
-}
-# In stage 3, which is short, more.
-CHAT_WEIGHTS = {
-    "caption": 2.0,
-    "reading": 10.0,
-    "seeing": 6.0,
-    "grounding": 1.0,
-    "referring": 6.0,
-    "ocr": 0.4,
-    "two pictures": 10.0,
+    "two pictures": 5.0,
 }
 
 
@@ -205,10 +196,10 @@ def plain(scene: Scene, rng: Rng, name: str) -> Example:
 def chat(scene: Scene, rng: Rng, names: list[str]) -> Example:
     """A conversation about one scene, a turn for each of these names in `ASK`."""
     turns = [ASK[name](scene, rng) for name in names]
-    return _chat([scene], turns, [CHAT_WEIGHTS[name] for name in names], task=names[-1])
+    return _chat([scene], turns, [WEIGHTS[name] for name in names], task=names[-1])
 
 
 def two_pictures(first: Scene, second: Scene, rng: Rng, turns: int = 1) -> Example:
     """A conversation about two scenes."""
     asked = [_ask_about_two(first, second, rng) for _ in range(turns)]
-    return _chat([first, second], asked, [CHAT_WEIGHTS["two pictures"]] * turns, task="two pictures")
+    return _chat([first, second], asked, [WEIGHTS["two pictures"]] * turns, task="two pictures")

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from transformers import PrinterCallback
 
-from examples.handwriting.conversations import ASK, WEIGHTS, chat, plain, two_pictures
+from examples.handwriting.conversations import ASK, chat, plain, two_pictures
 from examples.handwriting.progress import CountingCollator, StageProgress, Watch
-from examples.handwriting.recipe import StageRecipe
+from examples.handwriting.recipe import SEVEN_TASKS, StageRecipe
 from examples.handwriting.scenes import Scene
 from examples.handwriting.trees import Tree, TreeCollator
 from modeling_qwenvl import QwenVLForConditionalGeneration
@@ -20,7 +20,9 @@ from trainers.arguments import StageArguments
 from trainers.freezing import TrainedParts
 from trainers.stage_trainer import StageTrainer
 
-TURNS = 3  # of a conversation about one picture
+# Most conversations have one turn, as most questions of the tests; the others show that a second one may follow.
+TURNS = {1: 4 / 6, 2: 1 / 6, 3: 1 / 6}  # number: share of the conversations
+ASKED = {task: share for task, share in SEVEN_TASKS.items() if task in ASK}  # of the turns
 
 
 def trees(
@@ -32,13 +34,15 @@ def trees(
     """
     rng = np.random.default_rng(seed)
     names, shares = list(mixture), np.array(list(mixture.values()))
+    asked = np.array(list(ASKED.values())) / sum(ASKED.values())
     for number in range(count):
         scene, other = scenes[number % len(scenes)], scenes[int(rng.integers(len(scenes)))]
         drawn = rng.choice(names, size=branches, p=shares / shares.sum())
+        turns = rng.choice(list(TURNS), size=branches, p=list(TURNS.values()))
         if drawn[0] == "two pictures":
-            yield [two_pictures(scene, other, rng, turns=TURNS) for _ in drawn]
+            yield [two_pictures(scene, other, rng, of_one) for of_one in turns]
         elif drawn[0] == "conversation":
-            yield [chat(scene, rng, list(rng.choice(list(ASK), size=TURNS))) for _ in drawn]
+            yield [chat(scene, rng, list(rng.choice(list(ASKED), size=of_one, p=asked))) for of_one in turns]
         else:
             yield [plain(scene, rng, name) for name in drawn]
 
@@ -47,7 +51,7 @@ def texts_of_all_tasks(scenes: Sequence[Scene]) -> Iterator[str]:
     """What the tokenizer learns from: all texts of all tasks about these scenes, and what the templates add."""
     rng = np.random.default_rng(0)
     for scene in scenes:
-        examples = [plain(scene, rng, name) for name in WEIGHTS]
+        examples = [plain(scene, rng, name) for name in SEVEN_TASKS]
         examples += [chat(scene, rng, list(ASK)), two_pictures(scene, scenes[0], rng)]
         for message in (message for example in examples for message in example.messages):
             for part in message["content"]:
