@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -195,6 +196,33 @@ def test_every_refusal_names_the_row(byte_processor):
     )
     long = refusal(conversation("a" * 100, "b", source=source), processor, length=LengthPolicy(67))
     assert long.startswith("rows.jsonl:17 (id=vg_993): 141 tokens (0 of them for 0 pictures), but max_length is 67")
+
+
+def test_a_target_that_nothing_stands_before_is_no_target(byte_processor):
+    """Nothing predicts the first token of a row: supervised alone, it would teach nothing."""
+    supervise = Supervision(byte_processor("qwen2_5_vl"))
+    draft, _ = supervise.plan(conversation("Why?", "No."), [])
+    only_first = [draft.encoded.input_ids[0]] + [IGNORE] * (draft.length - 1)
+    with pytest.raises(ValueError, match="nothing is supervised"):
+        supervise._check(with_labels(draft, only_first), conversation("Why?", "No."))
+    supervise._check(draft, conversation("Why?", "No."))
+
+
+def test_a_supervised_placeholder_of_a_picture_is_noticed_whoever_made_the_label(byte_processor):
+    processor = byte_processor("qwen2_5_vl")
+    supervise = Supervision(processor)
+    content = [{"type": "image", "image": picture(16, 16)}, {"type": "text", "text": "What?"}]
+    row = conversation(content, "A ramp.")
+    draft, _ = supervise.plan(row, [(16, 16)])
+    place = draft.encoded.input_ids.index(processor.image_token_id)
+    labels = list(draft.encoded.labels)
+    labels[place] = processor.image_token_id
+    with pytest.raises(ValueError, match="a picture's placeholder is supervised"):
+        supervise._check(with_labels(draft, labels), row)
+
+
+def with_labels(draft, labels):
+    return replace(draft, encoded=replace(draft.encoded, labels=labels))
 
 
 def test_a_placeholder_typed_by_a_user_is_text(byte_processor):

@@ -123,7 +123,7 @@ def test_a_batch_of_prompts_is_answered_as_one_by_one(folder):
     assert together == [answer_by_hand(folder, conversation) for conversation in conversations]
 
 
-@pytest.mark.parametrize("options", [{}, {"trust_remote_code": True}])
+@pytest.mark.parametrize("options", [{}, pytest.param({"trust_remote_code": True}, marks=pytest.mark.slow)])
 def test_the_original_repository_gives_our_classes_with_and_without_remote_code(original_folder, options):
     processor = AutoProcessor.from_pretrained(original_folder, **options)
     assert type(processor) is QwenVLProcessor

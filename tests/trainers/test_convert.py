@@ -183,6 +183,7 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_whole(tmp_path, ori
     assert [path.name for path in tmp_path.iterdir()] == ["original"]
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_leaves_is_hidden_and_removed_by_the_next(tmp_path, original):
     """A kill leaves the work folder as it is: no cleaning runs."""
     code = (
