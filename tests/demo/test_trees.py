@@ -1,5 +1,7 @@
 """Conversations in a tree learn what they would learn in rows of their own."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -99,6 +101,16 @@ def test_conversations_about_different_numbers_of_pictures_are_refused(processor
     tree = encoded(processor, [two_pictures(scenes[0], scenes[1], RNG), chat(scenes[0], RNG, ["reading"])])
     with pytest.raises(ValueError, match="Conversations 0 and 1 of a tree differ in the first"):
         collate([tree])
+
+
+def test_a_conversation_supervised_right_behind_the_trunk_is_refused(processor, scenes, collate):
+    """What stands before that token in the row is the end of its neighbour, not the trunk."""
+    tree = encoded(processor, [plain(scenes[0], RNG, name) for name in ("caption", "reading")])
+    place = collate.trunk(tree)
+    labels = tree[1].labels.clone()
+    labels[place] = tree[1].input_ids[place]
+    with pytest.raises(ValueError, match="Conversation 1 of a tree is supervised from its first token on"):
+        collate([[tree[0], replace(tree[1], labels=labels)]])
 
 
 def test_conversations_of_a_tree_are_about_the_same_picture_and_of_tasks_drawn_by_their_shares(scenes):

@@ -21,7 +21,7 @@ from transformers import (
 
 from modeling_qwenvl import QwenVLConfig
 from trainers.arguments import StageArguments
-from trainers.estimate import estimate, estimate_config
+from trainers.estimate import GIB, Estimate, estimate, estimate_config
 from trainers.lora import TORCH_DTYPES, quantization_config
 from trainers.recipe_model import prepare_model, trained_parts
 from trainers.recipe_reading import load_recipe
@@ -233,6 +233,27 @@ def test_sharding_divides_what_stays_and_data_parallelism_adds_buckets():
     sharded = estimate_config(config_of("qwen_vl"), recipe_of("hardware={devices: 4, sharding: full}", *batch))
     assert sum(sharded.weights.values()) == pytest.approx(sum(alone.weights.values()) / 4, abs=16)
     assert sum(sharded.optimizer.values()) == pytest.approx(sum(alone.optimizer.values()) / 4, abs=16)
+
+
+def test_sharding_divides_gradients_and_gathers_two_layers_at_a_time():
+    alone, sharded = (
+        estimate_config(config_of("qwen_vl"), recipe_of(hardware, f"optimizer.global_batch_size={rows}"))
+        for hardware, rows in (("hardware.devices=1", 4), ("hardware={devices: 4, sharding: full}", 16))
+    )  # two micro-batches each, so that the second finds gradients
+    assert sharded.moving["gradients"] == alone.moving["gradients"] // 4 > 0
+    layer = AutoModelForImageTextToText.from_config(config_of("qwen_vl")).model.language_model.layers[0]
+    assert sharded.communication == 2 * sum(p.nbytes for p in layer.parameters())
+
+
+def test_what_a_gpu_must_have_is_all_tensors_a_twentieth_more_and_a_gib():
+    found = Estimate(
+        recipe_of(), {}, {}, weights={"tower": 3 * GIB}, optimizer={"tower": 2 * GIB},
+        moving={"tower": 4 * GIB, "gradients": GIB}, communication=2 * GIB,
+    )  # fmt: skip
+    assert found.tensors == 12 * GIB
+    assert found.gib_needed == pytest.approx(12 * 1.05 + 1)
+    assert found.fits(13.7)
+    assert not found.fits(13.5)
 
 
 def test_eight_bit_states_take_a_quarter():

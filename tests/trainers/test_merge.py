@@ -184,6 +184,44 @@ def test_a_tensor_that_peft_would_not_merge_is_not_forgotten(tmp_path, trained):
         merge(tmp_path / "adapter", tmp_path / "merged")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.visual.patch_embed.proj.weight", "patch_embed.proj.weight changed, though nothing was trained there"),
+        ("model.visual.merger.mlp.0.weight", "merger.mlp.0.weight is not what was trained"),
+    ],
+)
+def test_a_merge_that_changes_one_number_too_many_is_refused(tmp_path, trained, monkeypatch, name, message):
+    trained("qwen2_5_vl")
+
+    def load_wrongly(base, folder):
+        model = load_lora(base, folder)
+        whole = model.merge_and_unload
+
+        def merge_wrongly():
+            merged = whole()
+            merged.get_parameter(name).data.view(-1)[-1] += 1e-3
+            return merged
+
+        monkeypatch.setattr(model, "merge_and_unload", merge_wrongly, raising=False)
+        return model
+
+    monkeypatch.setattr("trainers.merge.load_lora", load_wrongly)
+    with pytest.raises(ValueError, match=f"1 tensors came out wrong: .*{message}"):
+        merge(tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_that_is_not_finite_is_refused(tmp_path, trained):
+    trained("qwen2_5_vl")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.model.language_model.layers.1.mlp.up_proj.lora_A.weight"][2, 3] = torch.nan
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"1 tensors came out wrong: .*layers\.1\.mlp\.up_proj\.weight is not finite"):
+        merge(tmp_path / "adapter", tmp_path / "merged")
+
+
 @pytest.mark.parametrize("in_adapter", [True, False])
 def test_the_processor_is_the_one_that_was_trained_with(tmp_path, trained, in_adapter):
     trained("qwen2_vl")
