@@ -35,6 +35,7 @@ from trl import GRPOConfig, RLOOConfig
 import modeling_qwenvl  # noqa: F401 (registers the model)
 from examples.handwriting.conversations import chat
 from examples.handwriting.digits import DEV_FORMS, TEST_FORMS, TRAIN_FORMS, digits_of
+from examples.handwriting.preference_page import page
 from examples.handwriting.preference_scores import LONGEST, TITLES, difference, measure, table
 from examples.handwriting.scenes import NUMERALS, Scene, make_scenes
 from processing.example import Example, Message
@@ -241,11 +242,14 @@ def run(
 
 @app.command("table")
 def print_table(folder: Annotated[Path, typer.Argument(help="With the JSONs of `run`.")]) -> None:
-    """Print the comparison of all runs in a folder, as Markdown."""
+    """Print the comparison of all runs in a folder as Markdown, and write it as a page with pictures."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     if not records:
         raise ValueError(f"{folder} has no runs: make some with `run --output {folder}`.")
     typer.echo(table(records))
+    path = folder / "report.html"
+    path.write_text(page(records), encoding="utf-8")
+    typer.echo(path)
 
 
 if __name__ == "__main__":

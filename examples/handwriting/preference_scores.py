@@ -109,6 +109,11 @@ def as_scores(record: dict[str, Any]) -> Scores:
     return Scores(**{field.name: record[field.name] for field in fields(Scores)})
 
 
+def averages(records: Sequence[dict[str, Any]], moment: str, key: str) -> list[float]:
+    """What each question got, "before" or "after", as a mean over the runs. `key`: of `TITLES`."""
+    return np.mean([getattr(as_scores(record[moment]), key) for record in records], axis=0).tolist()
+
+
 def table(records: Sequence[dict[str, Any]]) -> str:
     """Markdown: per method the means over its runs, the gain over the start and its 95 % interval.
 
@@ -118,19 +123,14 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         "| method | runs | steps | " + " | ".join(TITLES.values()) + " |",
         "|---|---:|---:|" + "---|" * len(TITLES),
     ]
-    starts = [_averages(records, "before", key) for key in TITLES]
+    starts = [averages(records, "before", key) for key in TITLES]
     lines.append("| start | | | " + " | ".join(f"{np.mean(values):.3f}" for values in starts) + " |")
     for method in dict.fromkeys(record["method"] for record in records):
         runs = [record for record in records if record["method"] == method]
         cells = [method, str(len(runs)), f"{np.mean([record['steps'] for record in runs]):.0f}"]
         for key in TITLES:
-            after = _averages(runs, "after", key)
-            gain, low, high = difference(_averages(runs, "before", key), after)
+            after = averages(runs, "after", key)
+            gain, low, high = difference(averages(runs, "before", key), after)
             cells.append(f"{np.mean(after):.3f} ({gain:+.3f}; {low:+.3f} to {high:+.3f})")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _averages(records: Sequence[dict[str, Any]], moment: str, key: str) -> list[float]:
-    """Mean over runs of what each question got."""
-    return np.mean([getattr(as_scores(record[moment]), key) for record in records], axis=0).tolist()

@@ -110,3 +110,6 @@ def test_each_method_runs_and_leaves_scores(model_dir, tmp_path, monkeypatch, me
     assert record["steps"] >= 1
     assert len(record["before"]["box_iou"]) == len(record["after"]["sampled_reading"]) == 4
     preference.print_table(tmp_path)
+    shown = (tmp_path / "report.html").read_text()
+    assert shown.count("<svg") == 2
+    assert f"<td>{method}</td>" in shown
