@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from trainers.families import ModelParts
 
@@ -39,11 +40,8 @@ def tower_in_every_forward(parts: ModelParts, is_sharded: bool) -> Iterator[None
             return args, kwargs
         blank = parts.base.get_image_features(**blank_inputs(parts), return_dict=True)
         ran = False
-        # Qwen3-VL: what its further mergers give, for each of their layers and each picture.
-        deep = [features for layer in blank.get("deepstack_features") or () for features in layer]
-        nothing = sum((features.float().mean() * 0 for features in (*blank.pooler_output, *deep)), torch.zeros(()))
         embeds = kwargs["inputs_embeds"]
-        return args, {**kwargs, "inputs_embeds": embeds + nothing.to(embeds.device, embeds.dtype)}
+        return args, {**kwargs, "inputs_embeds": embeds + nothing_of(blank).to(embeds.device, embeds.dtype)}
 
     (tower,) = parts.modules("tower")
     (language_model,) = parts.modules("language_model")
@@ -51,6 +49,14 @@ def tower_in_every_forward(parts: ModelParts, is_sharded: bool) -> Iterator[None
         hooks.callback(tower.register_forward_hook(note).remove)
         hooks.callback(language_model.register_forward_pre_hook(add_blank, with_kwargs=True).remove)
         yield
+
+
+def nothing_of(encoded: BaseModelOutputWithPooling) -> Tensor:
+    """0, with a gradient of 0 for every weight that encoded the pictures."""
+    # Qwen3-VL: what its further mergers give, for each of their layers and each picture.
+    deep = [features for layer in encoded.get("deepstack_features") or () for features in layer]
+    features = (*encoded.pooler_output, *deep)
+    return sum((one.float().mean() * 0 for one in features), torch.zeros((), device=features[0].device))
 
 
 def blank_inputs(parts: ModelParts) -> dict[str, Tensor]:

@@ -19,11 +19,11 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class CompletionGroup:
-    """One prompt, its pictures, and some completions.
+    """One prompt, its pictures and videos, and some completions.
 
     prompt_P: int64 ids, placeholders of pictures included. completions: int64 ids (C,) each.
     labels: for each completion (C,), its ids where a token is scored, -100 elsewhere.
-    vision: what the image processor made of the prompt's pictures, each once; empty without pictures.
+    vision: what the image and video processors made of the prompt's pictures and videos, each once; else empty.
     """
 
     prompt_P: Tensor
@@ -31,6 +31,7 @@ class CompletionGroup:
     labels: tuple[Tensor, ...]
     vision: Mapping[str, Tensor] = field(default_factory=dict)
     num_pictures: int = 0
+    num_videos: int = 0
     source: Source = field(default_factory=Source)
 
 
@@ -67,5 +68,7 @@ def collate_groups(
         "group_of_row": torch.tensor([g for g, _ in places]),
         "num_pictures": torch.tensor([group.num_pictures for group in groups]),
     }
+    if any(group.num_videos for group in groups):
+        batch["num_videos"] = torch.tensor([group.num_videos for group in groups])
     names = dict.fromkeys(name for group in groups for name in group.vision)
     return batch | {name: torch.cat([g.vision[name] for g in groups if name in g.vision]) for name in names}

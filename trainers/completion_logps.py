@@ -4,12 +4,14 @@
 gives per-token log-probabilities instead of logits. So TRL's trainers use it without knowing, and DDP and FSDP, which
 wrap the model, see one forward of the whole model.
 
-Shapes: N completions in rows of L tokens, G prompts ("groups"), S scored tokens, U hidden states that predict them
-(in a tree the completions of a prompt share the first), E width, V vocabulary.
+Shapes: N completions in rows of L tokens, G prompts ("groups"), K pictures and videos, S scored tokens, U hidden
+states that predict them (in a tree the completions of a prompt share the first), E width, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import wraps
+from itertools import islice
 from types import MethodType
 from typing import Any
 
@@ -19,10 +21,12 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from processing.chat_spans import IGNORE
+from trainers.blank_pictures import blank_inputs, nothing_of
 from trainers.completion_head import token_scores
 from trainers.completion_layout import Layout, LayoutName, rows_layout, tree_layout
+from trainers.families import find_parts
 from trainers.picture_memory import PictureMemory
-from trainers.shared_pictures import PICTURE_KEYS, encode, spread
+from trainers.shared_pictures import encode, pictures_of, spread
 from trainers.tree_attention import check_tree, tree_mask
 
 
@@ -32,6 +36,7 @@ def add_completion_head(
     temperature: float = 1.0,
     outputs: tuple[str, ...] = ("log_probs",),
     memory: PictureMemory | None = None,
+    encodes_always: bool = False,
 ) -> None:
     """Teaches `model` to score completions: `model(**batch, fused_lm_head=True)` with a `group_of_row` in the batch.
 
@@ -43,6 +48,7 @@ def add_completion_head(
         temperature: what the logits are divided by.
         outputs: which fields of TRL's `FusedCausalLMOutput` are computed (trainers/completion_head.py).
         memory: shares encoded pictures with other models and passes.
+        encodes_always: encode a blank picture, with weight 0, for a batch that has none (trainers/blank_pictures.py).
 
     The batch:
         input_ids, attention_mask: (N, L) long; each row a prompt and one completion, padded left or right.
@@ -50,11 +56,13 @@ def add_completion_head(
         group_of_row: (N,) long; rows of one group have the same prompt and pictures. Groups are counted from 0.
         num_pictures: (G,) long; how many pictures each group has.
         pixel_values, image_grid_thw, ...: of the pictures, each once, group by group; left out where there are none.
+        num_videos: (G,) long; how many videos each group has; left out where there are none, as their
+        pixel_values_videos, video_grid_thw, and second_per_grid_ts (Qwen2.5-VL).
 
     Every field of the result is (N, L - 1) float32, as TRL has it: column t belongs to the token at t + 1, 0 where the
     label is -100.
 
-    Raises ValueError for a tree and a model that would misread it, and in the forward for videos and for what
+    Raises ValueError for a tree and a model that would misread it, and in the forward for what
     `trainers.tree_attention.tree_mask` refuses.
 
     Example:
@@ -64,7 +72,8 @@ def add_completion_head(
     """
     if layout == "tree":
         check_tree(model)
-    settings = _Settings(layout, temperature, outputs, memory)
+    blank = blank_inputs(find_parts(model)) if encodes_always else {}
+    settings = _Settings(layout, temperature, outputs, memory, blank)
     original = model.forward
 
     # With the model's signature, against which `generate` checks its arguments.
@@ -92,6 +101,7 @@ class _Settings:
     temperature: float
     outputs: tuple[str, ...]
     memory: PictureMemory | None
+    blank: dict[str, Tensor]
 
 
 def _score(
@@ -103,33 +113,49 @@ def _score(
     labels: Tensor,
     group_of_row: Tensor,
     num_pictures: Tensor,
+    num_videos: Tensor | None = None,
     **rest: Any,
 ) -> ScoredCompletions:
-    if "pixel_values_videos" in rest:
-        raise ValueError("Videos cannot be shared by completions yet: give their frames as pictures.")
     inner = model.base_model
-    pictures = {key: rest[key] for key in PICTURE_KEYS if key in rest}
-    ends = num_pictures.cumsum(0).tolist()
-    of_group = [list(range(end - count, end)) for end, count in zip(ends, num_pictures.tolist(), strict=True)]
-    of_rows = [picture for group in group_of_row.tolist() for picture in of_group[group]]
-    positions = _row_positions(inner, input_ids, attention_mask, labels, pictures, of_rows)
+    pictures = pictures_of(rest)
+    of_groups = _by_group(num_pictures, num_videos)
+    of_rows = _in_order(of_groups, group_of_row.tolist())
+    positions = _row_positions(inner, input_ids, attention_mask, labels, pictures, of_rows, rest)
     inputs: dict[str, Any] = {}
     if settings.layout == "tree":
         laid = tree_layout(input_ids, attention_mask, labels, group_of_row)
-        shown = [picture for group in of_group for picture in group]
+        shown = _in_order(of_groups, range(len(num_pictures)))
         inputs["attention_mask"] = tree_mask(model, laid)
     else:
         laid = rows_layout(attention_mask, labels)
         shown = of_rows
         inputs["attention_mask"] = attention_mask
     memory = settings.memory
-    encoded = encode(inner, pictures) if memory is None else memory.encode(model, pictures)
-    if encoded is not None:
-        inputs["mm_encoder_outputs"] = {"image": spread(encoded, shown)}
+    seen = pictures or {name: value.to(input_ids.device) for name, value in settings.blank.items()}
+    encoded = encode(inner, seen) if memory is None else memory.encode(model, seen)
+    if encoded is not None and pictures:
+        inputs["mm_encoder_outputs"] = {kind: spread(encoded, indices) for kind, indices in shown.items() if indices}
     hidden_RTE = inner(
         input_ids=laid.gather(input_ids), position_ids=laid.gather(positions), use_cache=False, **inputs
     ).last_hidden_state
+    if encoded is not None and not pictures:
+        hidden_RTE = hidden_RTE + nothing_of(encoded).to(hidden_RTE.dtype)
     return _predictions(model, settings, hidden_RTE, laid, labels)
+
+
+def _by_group(num_pictures: Tensor, num_videos: Tensor | None) -> dict[str, list[list[int]]]:
+    """Which of the K pictures and videos each group shows, by kind: their indices, videos after all pictures."""
+    counts = {"image": num_pictures.tolist(), "video": [] if num_videos is None else num_videos.tolist()}
+    indices = iter(range(sum(counts["image"]) + sum(counts["video"])))
+    return {kind: [list(islice(indices, count)) for count in of_kind] for kind, of_kind in counts.items()}
+
+
+def _in_order(of_groups: dict[str, list[list[int]]], groups: Sequence[int]) -> dict[str, list[int]]:
+    """Indices in the order in which rows of these groups show them, by kind."""
+    return {
+        kind: [index for group in groups for index in by_group[group]] if by_group else []
+        for kind, by_group in of_groups.items()
+    }
 
 
 def _row_positions(
@@ -138,17 +164,28 @@ def _row_positions(
     attention_mask: Tensor,
     labels: Tensor,
     pictures: dict[str, Tensor],
-    of_rows: list[int],
+    of_rows: dict[str, list[int]],
+    batch: dict[str, Any],
 ) -> Tensor:
     """Positions that each token has in its own row: (N, L), or (3, N, L) where M-RoPE places pictures."""
     if "image_grid_thw" not in pictures:
         return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-    is_picture = (input_ids == inner.config.image_token_id) & (labels == IGNORE)
+    is_prompt = labels == IGNORE
+    is_picture = (input_ids == inner.config.image_token_id) & is_prompt
+    is_video = (input_ids == inner.config.video_token_id) & is_prompt
+    grid_K3 = pictures["image_grid_thw"]
+    of_videos: dict[str, Tensor] = {}
+    if of_rows["video"]:
+        of_videos["video_grid_thw"] = grid_K3[of_rows["video"]]
+        if "second_per_grid_ts" in batch:
+            first = len(grid_K3) - len(batch["second_per_grid_ts"])
+            of_videos["second_per_grid_ts"] = batch["second_per_grid_ts"][[k - first for k in of_rows["video"]]]
     positions, _ = inner.get_rope_index(
         input_ids,
-        mm_token_type_ids=is_picture.int(),
-        image_grid_thw=pictures["image_grid_thw"][of_rows],
+        mm_token_type_ids=is_picture.int() + 2 * is_video.int(),
+        image_grid_thw=grid_K3[of_rows["image"]],
         attention_mask=attention_mask,
+        **of_videos,
     )
     return positions
 

@@ -117,6 +117,8 @@ class QwenVLDPOTrainer(AnsweringMixin, CheckpointMixin, PartsMixin, DPOTrainer):
             ref_model = _copy_of(model, shares_frozen=args.parallel_mode == ParallelMode.NOT_PARALLEL)
         processor = at_stage_resolution(processing_class, unwrap(model).config, SFT, args.resolution)
         self.collator = PreferenceCollator(PreferencePairs(processor, args.max_length))
+        # Before FSDP splits the reference, and its weights can no longer be compared with the policy's.
+        self.memory = PictureMemory(*(unwrap(one) for one in (model, ref_model) if one is not None))
         self._heads_are_ours = False
         # TRL rounds the weights of an adapter on a quantised model to bfloat16; a recipe says what they are held in.
         trained_weights = [(p, p.data) for p in model.parameters() if p.requires_grad]
@@ -130,6 +132,7 @@ class QwenVLDPOTrainer(AnsweringMixin, CheckpointMixin, PartsMixin, DPOTrainer):
             processing_class=processor,
             callbacks=callbacks,
         )
+        self._check_experts()
         for parameter, data in trained_weights:
             if parameter.dtype != data.dtype:
                 parameter.data = data.to(parameter.device)
@@ -156,10 +159,12 @@ class QwenVLDPOTrainer(AnsweringMixin, CheckpointMixin, PartsMixin, DPOTrainer):
         models = [unwrap(self.model)]
         if self.ref_model is not None:
             models.append(unwrap(self.accelerator.unwrap_model(self.ref_model)))
-        self.memory = PictureMemory(*models)
         outputs = HEAD_OUTPUTS if self.use_weighting else HEAD_OUTPUTS[:-1]
         for model, wanted in zip(models, (outputs, ("log_probs",)), strict=False):
-            add_completion_head(model, self.args.completion_layout, outputs=wanted, memory=self.memory)
+            # TRL shards the reference as one piece, which every pass collects as a whole.
+            always = self._encodes_always and wanted is outputs
+            layout = self.args.completion_layout
+            add_completion_head(model, layout, outputs=wanted, memory=self.memory, encodes_always=always)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Dataset:
         """Examples given to `evaluate` become numbers; TRL's own tokenisation is not for them."""

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import TrainOutput
 
+from trainers.cpu_sharding import CpuShardingMixin
 from trainers.families import PARTS
 from trainers.freezing import Freeze, TrainedParts, freeze
 from trainers.optimizer import LearningRates, build_optimizer
@@ -24,7 +24,7 @@ def freeze_for_preferences(model: nn.Module, trained: TrainedParts | None, is_pe
     return freeze(model, trained or TrainedParts(PARTS if is_peft else SFT.parts))
 
 
-class PartsMixin(Trainer):
+class PartsMixin(CpuShardingMixin):
     """Put before a trainer that sets `freeze` (and `learning_rates`, if parts have their own) in its __init__.
 
     Prints what trains; a frozen tower runs without a graph; frozen modules stay in evaluation mode; weight decay and
@@ -34,6 +34,24 @@ class PartsMixin(Trainer):
     freeze: Freeze
     learning_rates: LearningRates | None = None
     optimizer: torch.optim.Optimizer | None
+    aux_loss_enabled: bool
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    @property
+    def _encodes_always(self) -> bool:
+        """Whether a batch of text needs a blank picture, as trainers/blank_pictures.py says."""
+        return self._is_sharded or not any(self.freeze.count(part)[0] for part in ("language_model", "embeddings"))
+
+    def _check_experts(self) -> None:
+        """After TRL's __init__: ValueError where TRL would add the loss that keeps a mixture of experts balanced."""
+        if self.aux_loss_enabled:
+            raise ValueError(
+                "The language model is a mixture of experts with router_aux_loss_coef above 0, but the completion "
+                "head computes no loss of routers: pass router_aux_loss_coef=0.0 in the arguments."
+            )
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> TrainOutput:
         if self.is_world_process_zero():

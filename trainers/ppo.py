@@ -95,7 +95,8 @@ class QwenVLPPOTrainer(QwenVLGRPOTrainer):
         base.value_head = nn.Linear(base.config.get_text_config().hidden_size, 1, device=embedding.device)
         nn.init.zeros_(base.value_head.weight)
         nn.init.zeros_(base.value_head.bias)
-        add_completion_head(base, self.layout, self.temperature, ("log_probs", "entropy", "state_values"))
+        outputs = ("log_probs", "entropy", "state_values")
+        add_completion_head(base, self.layout, self.temperature, outputs, encodes_always=self._encodes_always)
         self.kl_control = KLControl(self.beta, self.args.kl_target, self.args.kl_horizon)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

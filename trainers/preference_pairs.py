@@ -11,6 +11,7 @@ from processing.example import Example, Message, RowError
 from processing.length import Draft, LengthPolicy, Step
 from processing.pictures import ANYTHING, PictureLimits, picture_size
 from processing.supervision import Supervision
+from processing.videos import Clip, open_clip
 from trainers.completion_batch import CompletionGroup
 
 
@@ -63,13 +64,14 @@ class PreferencePairs:
     def _pair(self, example: Example) -> CompletionGroup:
         sizes = [picture_size(picture, self.limits) for picture in example.pictures]
         both = _both(example)
+        clips = [open_clip(part, self.limits) for part in example.videos]
         as_it_is, fitting = self._supervision(self.processor), self._supervision(self.processor, ("shrink", "raise"))
-        longer = max(both, key=lambda answered: _plan(as_it_is, answered, sizes).length)
+        longer = max(both, key=lambda answered: _plan(as_it_is, answered, sizes, clips).length)
         # Both answers are read with the pictures that leave room for the longer one.
-        fitted = self._supervision(_plan(fitting, longer, sizes).processor, ("raise",))
+        fitted = self._supervision(_plan(fitting, longer, sizes, clips).processor, ("raise",))
         encoded = fitted(longer)
         assert encoded is not None  # "raise" decides
-        drafts = [_plan(fitted, answered, sizes) for answered in both]
+        drafts = [_plan(fitted, answered, sizes, clips) for answered in both]
         starts, rows = [], []
         for name, draft in zip(("chosen", "rejected"), drafts, strict=True):
             labels = torch.tensor(draft.encoded.labels)
@@ -88,6 +90,7 @@ class PreferencePairs:
             labels=tuple(labels[start:] for (_, labels), start in zip(rows, starts, strict=True)),
             vision=encoded.vision,
             num_pictures=example.num_pictures,
+            num_videos=len(clips),
             source=example.source,
         )
 
@@ -96,8 +99,8 @@ class PreferencePairs:
         return Supervision(processor, length, rule=ANSWERS, limits=self.limits)
 
 
-def _plan(supervise: Supervision, example: Example, sizes: Sequence[tuple[int, int]]) -> Draft:
-    plan = supervise.plan(example, sizes)
+def _plan(supervise: Supervision, example: Example, sizes: Sequence[tuple[int, int]], clips: Sequence[Clip]) -> Draft:
+    plan = supervise.plan(example, sizes, clips)
     assert plan is not None  # none of these policies drops
     return plan[0]
 
@@ -107,8 +110,6 @@ def _both(example: Example) -> tuple[Example, Example]:
     if not isinstance(example, Example) or example.kind != "preference":
         what = f"kind {example.kind!r}" if isinstance(example, Example) else type(example).__name__
         raise ValueError(f"preference training needs rows with chosen and rejected, this is a row of {what}")
-    if example.videos:
-        raise ValueError("the prompt holds a video, which completions cannot share yet: give its frames as pictures")
     if example.weight != 1.0:
         raise ValueError(f"the row has weight {example.weight}, which no preference loss reads: leave it out")
     assert example.chosen is not None

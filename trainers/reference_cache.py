@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 
-from processing.example import Example, Message
+from processing.example import Example, Message, RowError
 from processing.parts import IMAGE_KEYS
 from processing.picture_sources import ANYTHING, describe, read_source
 from trainers.families import unwrap
@@ -94,6 +94,12 @@ def row_key(example: Example) -> bytes:
     if not isinstance(example, Example):
         raise ValueError(
             f"the reference cache knows rows by their texts and pictures: give Examples, not {type(example).__name__}s"
+        )
+    if example.videos:
+        raise RowError(
+            example.source,
+            "the reference cache knows rows by their texts and pictures, and this one has a video: take reference "
+            "'adapter_off' or 'copy'",
         )
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     texts = [

@@ -28,6 +28,10 @@ def check_rows(examples: Sequence[Any], reads_solutions: bool) -> None:
             raise RowError(
                 example.source, f"weight {example.weight:g} has no meaning for sampled answers: leave it out"
             )
+        if example.videos:
+            raise RowError(
+                example.source, "the prompt holds a video, which rollouts cannot share: give its frames as pictures"
+            )
         if reads_solutions:
             try:
                 solution = read_solution(example.solution)

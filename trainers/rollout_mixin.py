@@ -6,6 +6,7 @@ encoded once per batch of rollouts, generated from once, and its group stays tog
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -19,6 +20,7 @@ from trl.trainer.utils import split_tensor_dict
 
 from processing.example import Example, RowError
 from processing.pictures import ANYTHING, PictureLimits
+from trainers.blank_pictures import tower_in_every_forward
 from trainers.completion_layout import LayoutName
 from trainers.completion_logps import add_completion_head
 from trainers.families import unwrap
@@ -64,7 +66,7 @@ class RolloutMixin(RolloutDisplayMixin, PartsMixin):
     Without PEFT the reference model of `beta` > 0 is a frozen copy of `model` as it is now; with PEFT it is the model
     without its adapter, or with a copy of the adapter that came along (see TRL).
 
-    Raises ValueError (RowError by row) for rows, rewards and sizes that do not fit together.
+    Raises ValueError (RowError by row) for rows, rewards and sizes that do not fit together, and for LoRA under FSDP.
     """
 
     _buffered_inputs: list[dict[str, Any]] | None
@@ -117,6 +119,16 @@ class RolloutMixin(RolloutDisplayMixin, PartsMixin):
             processing_class=processing_class,
             callbacks=callbacks,
         )
+        self._check_experts()
+        if self.is_fsdp_enabled:
+            if is_peft and not self.use_vllm:
+                raise ValueError(
+                    "Sampling from a PeftModel under FSDP would not collect its weights: generate() of PEFT calls the "
+                    "model inside the one that FSDP collects for. Train whole parts, use DDP, or sample with vLLM."
+                )
+            # By which transformers' generate knows that all processes must go on until the last one is done;
+            # accelerate, which shards the model, does not say it.
+            base._is_fsdp_managed_module = True
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(self.freeze.trains.get(name, False))
             if parameter.requires_grad and parameter.dtype != weights[name].dtype:
@@ -127,7 +139,8 @@ class RolloutMixin(RolloutDisplayMixin, PartsMixin):
         elif self.ref_model is not None:
             add_completion_head(unwrap(self.accelerator.unwrap_model(self.ref_model)), layout, self.temperature)
         # Outside TRL's own head, which its __init__ put on.
-        add_completion_head(base, layout, self.temperature, ("log_probs", "entropy"))
+        outputs = ("log_probs", "entropy")
+        add_completion_head(base, layout, self.temperature, outputs, encodes_always=self._encodes_always)
         # TRL would add the tokenizer's eos even where there is none.
         self.eos_token_ids = stops
         if not self.use_vllm:
@@ -241,7 +254,9 @@ class RolloutMixin(RolloutDisplayMixin, PartsMixin):
         self.generation_config.num_return_sequences = self._group_size
         fields = generation_fields(unique)
         ids = [prompt.input_ids for prompt in unique]
-        with self.tower_memory.around(self.freeze.parts.base, unique):
+        parts = self.freeze.parts
+        always = tower_in_every_forward(parts, is_sharded=True) if self._is_sharded else nullcontext()
+        with self.tower_memory.around(parts.base, unique), always:
             return super()._generate_single_turn(ids, None, fields, *args, **kwargs)
 
     def _as_messages(self, completion_ids: Sequence[Sequence[int]]) -> list[list[dict[str, str]]]:
@@ -271,7 +286,7 @@ class RolloutMixin(RolloutDisplayMixin, PartsMixin):
         compute_aux_loss: bool = False,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
-        assert not compute_aux_loss, "no family of trainers/families.py has experts to balance"
+        assert not compute_aux_loss  # _check_experts
         self._scored = self._score(model, input_ids, attention_mask, logits_to_keep, batch_size or len(input_ids))
         return self._scored["log_probs"], self._scored["entropy"] if compute_entropy else None, None
 

@@ -1,19 +1,30 @@
-"""Each picture is encoded once per model call, however many rows show it.
+"""Each picture, and each video, is encoded once per model call, however many rows show it.
 
 `encode` runs tower and adapter on the pictures as they come, each one once; `spread` hands the result to every row
 that shows a picture. Both are called inside the model's forward, where DDP and FSDP have their parameters at hand.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 # What describes pictures in a batch; everything else describes rows.
 PICTURE_KEYS = ("pixel_values", "image_grid_thw", "image_sizes")
+
+
+def pictures_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `encode` takes of a batch: its pictures, and after them its videos, which are pictures of several frames to
+    the towers that know them (Qwen2-VL and later)."""
+    pictures = {key: batch[key] for key in PICTURE_KEYS if key in batch}
+    if "pixel_values_videos" in batch:
+        for key, of_videos in (("pixel_values", "pixel_values_videos"), ("image_grid_thw", "video_grid_thw")):
+            pictures[key] = torch.cat([batch[name] for name in (key, of_videos) if name in batch])
+    return pictures
 
 
 def encode(inner: PreTrainedModel, pictures: dict[str, Tensor]) -> BaseModelOutputWithPooling | None:

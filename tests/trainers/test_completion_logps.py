@@ -6,7 +6,7 @@ import torch
 from trainers.completion_logps import add_completion_head
 from trainers.families import find_parts
 
-IMAGE_ID, START_ID, END_ID = 90, 91, 92
+IMAGE_ID, START_ID, END_ID, VIDEO_ID = 90, 91, 92, 93
 COMPLETIONS = ((5, 3), (2, 7, 4), (3,))  # lengths of the completions of each group
 PICTURES = (1, 2, 0)  # of each group
 PROMPTS = (3, 5, 7)  # text tokens of each prompt
@@ -65,7 +65,9 @@ def plain_logps(model, groups):
     for prompt, completions, tensors in groups:
         for completion in completions:
             ids = torch.cat([prompt, completion])[None]
-            extra = {"mm_token_type_ids": (ids == IMAGE_ID).int()} if "image_grid_thw" in tensors else {}
+            has_grid = {"image_grid_thw", "video_grid_thw"} & tensors.keys()
+            types = (ids == IMAGE_ID).int() + 2 * (ids == VIDEO_ID).int()
+            extra = {"mm_token_type_ids": types} if has_grid else {}
             logits = model(input_ids=ids, **tensors, **extra, use_cache=False).logits[0]
             logps = logits[len(prompt) - 1 : -1].log_softmax(-1)
             result.append(logps[torch.arange(len(completion)), completion])
@@ -189,11 +191,54 @@ def test_under_eager_attention_a_tree_is_the_same(build, groups):
     torch.testing.assert_close(logps[batch["labels"][:, 1:] != -100], wanted, atol=1e-5, rtol=0)
 
 
-def test_videos_are_refused_and_other_calls_go_the_way_they_went(build, groups, make_rows, collate):
+def test_other_calls_go_the_way_they_went(build, make_rows, collate):
     model = build("qwen2_5_vl")
     batch = collate(make_rows("qwen2_5_vl", 2))
     before = model(**batch).loss
     add_completion_head(model, "tree")
     assert torch.equal(model(**batch).loss, before)
-    with pytest.raises(ValueError, match="Videos cannot be shared"):
-        model(**batch_of(groups("qwen2_5_vl")), pixel_values_videos=torch.zeros(1), fused_lm_head=True)
+
+
+def with_videos(made, family):
+    """The groups of `groups`, the first with a video of 4 frames before its picture, the last with two more."""
+    generator = torch.Generator().manual_seed(13)
+    result = []
+    for (prompt, completions, tensors), lengths in zip(made, ((4,), (), (2, 6)), strict=True):
+        tensors, shown = dict(tensors), []
+        for frames in lengths:
+            # Of 4 x 4 patches; Qwen3-VL has every frame on its own.
+            frame = [START_ID, *[VIDEO_ID] * 4, END_ID]
+            whole = [START_ID, *[VIDEO_ID] * 4 * (frames // 2), END_ID]
+            shown.append(torch.tensor(frame * (frames // 2) if family == "qwen3_vl" else whole))
+        if lengths:
+            grid = torch.tensor([[frames // 2, 4, 4] for frames in lengths])
+            tensors["pixel_values_videos"] = torch.randn(int(grid.prod(1).sum()), 24, generator=generator)
+            tensors["video_grid_thw"] = grid
+            if family == "qwen2_5_vl":
+                tensors["second_per_grid_ts"] = torch.tensor([1.5, 0.5][: len(lengths)])
+        result.append((torch.cat([prompt[:2], *shown, prompt[2:]]), completions, tensors))
+    return result
+
+
+@pytest.mark.parametrize("layout", ["rows", "tree"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_videos_are_shared_as_pictures_are(build, groups, family, layout):
+    model = build(family)
+    made = with_videos(groups(family), family)
+    wanted = plain_logps(model, made)
+    weights = torch.linspace(-1, 2, sum(len(row) for row in wanted))
+    wanted_gradients = gradients(model, (torch.cat(wanted) * weights).sum())
+
+    add_completion_head(model, layout)
+    batch = batch_of(made) | {"num_pictures": torch.tensor(PICTURES), "num_videos": torch.tensor([1, 0, 2])}
+    seen = []
+    first = find_parts(model).blocks[0]
+    first.register_forward_pre_hook(lambda module, args, kwargs: seen.append(args[0].shape), with_kwargs=True)
+    logps = model(**batch, fused_lm_head=True).log_probs
+    assert [shape[:-1].numel() for shape in seen] == [16 * (3 + 2 + 1 + 3)]  # pictures, and pairs of frames
+    is_scored = batch["labels"][:, 1:] != -100
+    torch.testing.assert_close(logps[is_scored], torch.cat(wanted), atol=1e-5, rtol=0)
+    found = gradients(model, (logps[is_scored] * weights).sum())
+    assert found.keys() == wanted_gradients.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted_gradients[name], atol=1e-5, rtol=1e-5, msg=name)

@@ -19,7 +19,13 @@ from trainers.freezing import TrainedParts
 from trainers.preference_pairs import PreferencePairs
 
 ALL_PARTS = TrainedParts(("tower", "adapter", "language_model", "embeddings"))
+FAMILIES = ["qwen_vl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "clip_qwen2", "siglip_llama"]
+# In the quick suite those that differ most: the native one, M-RoPE, another tower.
+QUICK = ("qwen_vl", "qwen2_5_vl", "clip_qwen2")
+EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 PICTURES = (1, 0, 2, 1)  # of each row; the second row is text only
+M_ROPE = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
+VISION = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
 SETTINGS = {
     "per_device_train_batch_size": 2,
     "max_steps": 3,
@@ -76,17 +82,19 @@ def load(model_folder):
     return _load
 
 
-def repeated(collator, family, image_token_id):
+def repeated(collator, family, config):
     """TRL's batch of the same pairs: every picture once for chosen and once for rejected."""
 
     def collate(rows):
         batch = collator([{"row": row["images"]} for row in rows])
-        del batch["group_of_row"], batch["num_pictures"]
-        for key in ("pixel_values", "image_grid_thw"):
+        for key in ("group_of_row", "num_pictures", "num_videos"):
+            batch.pop(key, None)
+        for key in VISION:
             if key in batch:
                 batch[key] = torch.cat([batch[key]] * 2)
-        if family != "qwen_vl":
-            batch["mm_token_type_ids"] = (batch["input_ids"] == image_token_id).int()
+        if family in M_ROPE:
+            is_video = batch["input_ids"] == config.video_token_id
+            batch["mm_token_type_ids"] = (batch["input_ids"] == config.image_token_id).int() + 2 * is_video.int()
         return batch
 
     return collate
@@ -99,7 +107,7 @@ def stock(model, reference, processor, examples, family, folder, **settings):
         model,
         reference,
         DPOConfig(str(folder), remove_unused_columns=False, **SETTINGS | settings),
-        repeated(collator, family, model.config.image_token_id),
+        repeated(collator, family, model.config),
         Dataset.from_dict({"images": list(range(len(examples)))}),
         processing_class=processor,
     )
@@ -122,11 +130,27 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("layout", ["tree", "rows"])
-@pytest.mark.parametrize("settings", LOSSES.values(), ids=list(LOSSES))
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen_vl"])
-def test_losses_and_final_weights_equal_trls(load, examples, tmp_path, family, settings, layout):
+CASES = [
+    *[
+        (family, loss, layout)
+        for family in ("qwen2_5_vl", "qwen_vl")
+        for loss in LOSSES
+        for layout in ("tree", "rows")
+    ],
+    *[(family, "sigmoid", "tree") for family in ("qwen2_vl", "qwen3_vl", "clip_qwen2", "siglip_llama")],
+    ("qwen3_vl", "MPO", "rows"),
+    ("clip_qwen2", "MPO", "rows"),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "loss", "layout"),
+    [case if case[0] in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
+    ids=map("-".join, CASES),
+)
+def test_losses_and_final_weights_equal_trls(load, examples, tmp_path, family, loss, layout):
     model, processor = load(family)
+    settings = LOSSES[loss]
     arguments = DPOArguments(str(tmp_path), completion_layout=layout, **SETTINGS | settings)
     ours = QwenVLDPOTrainer(model, arguments, examples, processing_class=processor, trained=ALL_PARTS)
     ours.train()
@@ -135,6 +159,23 @@ def test_losses_and_final_weights_equal_trls(load, examples, tmp_path, family, s
     theirs.train()
     assert losses(ours) == pytest.approx(losses(theirs), abs=1e-5)
     assert len(set(losses(ours))) == 3
+    assert_same_weights(model, other)
+
+
+@pytest.mark.parametrize("family", EVERY[1:4])
+def test_videos_in_one_batch_with_pictures_and_text_equal_trls(load, examples, tmp_path, write_video, family):
+    """TRL does not collate videos; given the tensors, it trains on them."""
+    for number, row in enumerate(examples[1:3]):  # the row of text, and the one with two pictures
+        path = write_video(tmp_path / f"{number}.mp4", num_frames=4 + 4 * number)
+        row.messages[0]["content"].insert(0, {"type": "video", "video": path})
+    model, processor = load(family)
+    ours = trained(model, processor, examples, tmp_path, trained=ALL_PARTS)
+    batch = ours.data_collator([{"row": number} for number in range(4)])
+    assert batch["num_videos"].tolist() == [0, 1, 1, 0]
+    other, _ = load(family)
+    theirs = stock(other, load(family)[0], processor, examples, family, tmp_path)
+    theirs.train()
+    assert losses(ours) == pytest.approx(losses(theirs), abs=1e-5)
     assert_same_weights(model, other)
 
 
@@ -230,6 +271,21 @@ def test_a_copy_as_reference_equals_its_cache_which_is_read_the_second_time(load
         assert_same_weights(other, model)
 
 
+@pytest.mark.parametrize("family", EVERY)
+def test_lora_equals_trls_with_the_adapter_switched_off_as_reference(load, examples, tmp_path, family):
+    base, processor = load(family)
+    model, other = with_lora(base), with_lora(load(family)[0])
+    ours = trained(model, processor, examples, tmp_path)
+    theirs = stock(other, None, processor, examples, family, tmp_path)
+    theirs.train()
+    assert losses(ours) == pytest.approx(losses(theirs), abs=1e-5)
+    assert len(set(losses(ours))) == 3
+    adapter = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert adapter
+    assert all("lora_" in name for name in adapter)
+    assert_same_weights(model, other)
+
+
 @pytest.mark.parametrize("fresh", [True, False], ids=["fresh adapter", "adapter from before"])
 def test_the_adapter_switched_off_or_copied_equals_its_cache(load, examples, tmp_path, fresh):
     references = ["cache", "adapter_copy", *(["adapter_off"] if fresh else [])]
@@ -283,6 +339,9 @@ def test_a_copy_shares_what_is_frozen_and_nothing_else(load, examples, tmp_path)
         ("qwen3_vl", ("adapter", "language_model"), "blocks", 1),
         ("qwen_vl", ("adapter",), "blocks", 1),
         ("qwen2_5_vl", ("tower", "language_model"), "nothing", 2),
+        ("clip_qwen2", ("language_model",), "features", 1),
+        ("siglip_llama", ("adapter", "language_model"), "blocks", 1),
+        ("siglip_llama", ("tower", "language_model"), "nothing", 2),
     ],
 )
 def test_how_often_a_step_sends_its_pictures_through_the_tower(
@@ -412,10 +471,13 @@ def test_evaluation_gives_a_loss_and_reward_margins_also_for_new_rows(load, exam
 
 
 @pytest.mark.slow
-def test_lora_on_a_4_bit_model_trains_only_the_adapter_in_its_own_dtype(load, model_folder, examples, tmp_path):
-    skipped = ["model.visual", "lm_head"]
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen_vl", "clip_qwen2"])
+def test_lora_on_a_4_bit_model_trains_only_the_adapter_in_its_own_dtype(
+    load, model_folder, examples, tmp_path, family
+):
+    skipped = ["model.visual", "model.adapter", "lm_head"]
     model = AutoModelForImageTextToText.from_pretrained(
-        model_folder("qwen2_5_vl"),
+        model_folder(family),
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=skipped
         ),
@@ -423,7 +485,7 @@ def test_lora_on_a_4_bit_model_trains_only_the_adapter_in_its_own_dtype(load, mo
     )
     wrapped = with_lora(model)
     before = {name: p.clone() for name, p in wrapped.named_parameters()}
-    trainer = trained(wrapped, load("qwen2_5_vl")[1], examples, tmp_path)
+    trainer = trained(wrapped, load(family)[1], examples, tmp_path)
     changed = {name for name, p in wrapped.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {name for name, p in wrapped.named_parameters() if p.requires_grad}
     assert all("lora_" in name for name in changed)
@@ -469,3 +531,12 @@ def test_a_tree_is_refused_where_qwen_vl_would_stretch_by_the_rows_length(load, 
     assert batch["input_ids"].shape[1] < 116
     with pytest.raises(ValueError, match=r"longer than seq_length = 116.*choose the layout 'rows'"):
         trainer.compute_loss(model.train(), batch)
+
+
+def test_a_mixture_of_experts_with_a_loss_for_its_routers_is_refused(load, examples, tmp_path):
+    model, processor = load("clip_qwen2")
+    model.config.text_config.output_router_logits, model.config.text_config.router_aux_loss_coef = False, 0.01
+    with pytest.raises(ValueError, match=r"pass router_aux_loss_coef=0\.0"):
+        QwenVLDPOTrainer(model, DPOArguments(str(tmp_path), **SETTINGS), examples, processing_class=processor)
+    arguments = DPOArguments(str(tmp_path), router_aux_loss_coef=0.0, **SETTINGS)
+    QwenVLDPOTrainer(model, arguments, examples, processing_class=processor)

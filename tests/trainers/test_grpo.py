@@ -25,9 +25,14 @@ from trainers.rloo import QwenVLRLOOTrainer
 from trainers.rollouts import VISION_TOKENS, grouped, scoring_fields
 
 FAMILIES = ["qwen_vl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+COMPOSED = ["clip_qwen2", "siglip_llama"]
+# In the quick suite those that differ most: the native one, M-RoPE, another tower.
+QUICK = ("qwen_vl", "qwen2_5_vl", "clip_qwen2")
+EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES + COMPOSED]
 PARTS = TrainedParts(("adapter", "language_model", "embeddings"))
 G = 3
-PATCHES = {"qwen_vl": 4, "qwen2_vl": 16, "qwen2_5_vl": 16, "qwen3_vl": 16}  # of a picture of 8 x 8 pixels
+# Of a picture of 8 x 8 pixels; CLIP adds a class token.
+PATCHES = {"qwen_vl": 4, "qwen2_vl": 16, "qwen2_5_vl": 16, "qwen3_vl": 16, "clip_qwen2": 5, "siglip_llama": 4}
 
 
 def picture(grey):
@@ -139,18 +144,16 @@ def losses(trainer, name="loss"):
 
 def train_both(load, tmp_path, family, algorithm, **given):
     config, stock_class, our_class = PAIRS[algorithm]
-    layout = given.pop("layout", "tree")
+    layout, rows = given.pop("layout", "tree"), examples(given.pop("pictures", (1, 2, 1, 1, 2, 1)))
     model, processor = load(family)
     processor.tokenizer.padding_side = "left"  # TRL pads mm_token_type_ids as the tokenizer does
     processor.tokenizer.eos_token = "<|im_end|>"
     freeze(model, PARTS)
     stock = stock_class(
-        model, spread, settings(config, tmp_path, **given), as_stock_rows(examples()), processing_class=processor
+        model, spread, settings(config, tmp_path, **given), as_stock_rows(rows), processing_class=processor
     )
     stock.train()
-    ours = our_class(
-        load(family)[0], [REWARD], settings(config, tmp_path, **given), examples(), processor, layout=layout
-    )
+    ours = our_class(load(family)[0], [REWARD], settings(config, tmp_path, **given), rows, processor, layout=layout)
     start = weights(ours.model)
     ours.train()
     moved = max((ours.model.get_parameter(n) - p).abs().max().item() for n, p in start.items())
@@ -159,7 +162,7 @@ def train_both(load, tmp_path, family, algorithm, **given):
 
 
 @pytest.mark.parametrize("algorithm", PAIRS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_losses_and_weights_are_those_of_trl_on_the_same_completions(load, tmp_path, family, algorithm):
     ours, stock = train_both(load, tmp_path, family, algorithm)
     assert losses(ours) == pytest.approx(losses(stock), abs=1e-5)
@@ -180,6 +183,8 @@ def test_losses_and_weights_are_those_of_trl_on_the_same_completions(load, tmp_p
         {"mask_truncated_completions": True},
         {"per_device_train_batch_size": 2 * G, "gradient_accumulation_steps": 1},
         {"activation_checkpointing": True},
+        # Text alone in one batch with one and two pictures.
+        {"pictures": (1, 0, 2, 0, 1, 2), "per_device_train_batch_size": 2 * G, "gradient_accumulation_steps": 1},
     ],
     ids=str,
 )
@@ -197,9 +202,10 @@ def test_every_setting_gives_what_trl_gives(load, tmp_path, algorithm, given):
         assert losses(ours, "kl")[-1] != 0
 
 
-def test_lora_with_a_reference_gives_what_trl_gives(load, tmp_path):
+@pytest.mark.parametrize("family", EVERY)
+def test_lora_with_a_reference_gives_what_trl_gives(load, tmp_path, family):
     def wrapped():
-        model, processor = load("qwen2_5_vl")
+        model, processor = load(family)
         torch.manual_seed(0)
         regex = r"model\.language_model\..*\.(q|v)_proj"
         return get_peft_model(model, LoraConfig(r=2, target_modules=regex, init_lora_weights=False)), processor
@@ -221,14 +227,14 @@ def test_lora_with_a_reference_gives_what_trl_gives(load, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_lora_on_a_4_bit_model_trains_only_the_adapter_in_its_own_dtype(load, model_folder, tmp_path, beta):
+@pytest.mark.parametrize(("family", "beta"), [("qwen2_5_vl", 0.0), ("qwen2_5_vl", 0.1), ("qwen_vl", 0.1)])
+def test_lora_on_a_4_bit_model_trains_only_the_adapter_in_its_own_dtype(load, model_folder, tmp_path, family, beta):
     model = AutoModelForImageTextToText.from_pretrained(
-        model_folder("qwen2_5_vl"),
+        model_folder(family),
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_compute_dtype=torch.float32,
-            llm_int8_skip_modules=["model.visual", "lm_head"],
+            llm_int8_skip_modules=["model.visual", "model.adapter", "lm_head"],
         ),
         device_map="cpu",
     )
@@ -236,7 +242,7 @@ def test_lora_on_a_4_bit_model_trains_only_the_adapter_in_its_own_dtype(load, mo
     torch.manual_seed(0)
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=regex))
     arguments = settings(GRPOConfig, tmp_path, beta=beta)
-    trainer = QwenVLGRPOTrainer(wrapped, [REWARD], arguments, examples((0, 1, 2)), load("qwen2_5_vl")[1])
+    trainer = QwenVLGRPOTrainer(wrapped, [REWARD], arguments, examples((0, 1, 2)), load(family)[1])
     before = weights(wrapped)
     trainer.train()
     changed = {name for name, p in wrapped.named_parameters() if not torch.equal(p, before[name])}
@@ -259,7 +265,7 @@ class Counter:
 
 
 @pytest.mark.parametrize("trainer", [QwenVLGRPOTrainer, QwenVLRLOOTrainer])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_a_frozen_tower_sees_each_picture_once_per_step_sampling_included(load, tmp_path, family, trainer):
     model, processor = load(family)
     counter = Counter(model)
@@ -294,7 +300,7 @@ def test_pictures_are_preprocessed_once_per_step(load, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("trainer", [QwenVLGRPOTrainer, QwenVLRLOOTrainer])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_rows_with_no_one_and_two_pictures_train_together(load, tmp_path, family, trainer):
     model, processor = load(family)
     config = GRPOConfig if trainer is QwenVLGRPOTrainer else RLOOConfig
@@ -306,9 +312,10 @@ def test_rows_with_no_one_and_two_pictures_train_together(load, tmp_path, family
     assert len(losses(ours)) == 3
 
 
-def test_a_group_gets_the_same_samples_whoever_is_in_the_batch(load, tmp_path):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_group_gets_the_same_samples_whoever_is_in_the_batch(load, tmp_path, family):
     """Always the likeliest token, so that only pictures and padding could make a difference."""
-    model, processor = load("qwen2_5_vl")
+    model, processor = load(family)
     spoken = {}
 
     def listen(prompts, completions, **_):
@@ -332,7 +339,7 @@ def test_a_group_gets_the_same_samples_whoever_is_in_the_batch(load, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["tree", "rows"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_what_is_sampled_as_likeliest_is_likeliest_where_it_is_scored(load, tmp_path, family, layout):
     model, processor = load(family)
     arguments = settings(GRPOConfig, tmp_path, per_device_train_batch_size=3 * G, top_k=1)
@@ -364,7 +371,7 @@ def rollout(trainer):
     return trainer._generate_and_score_completions([{"row": row} for row in (0, 0, 0, 1, 1, 1)])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_tokens_of_vision_and_ids_without_text_are_never_sampled(load, tmp_path, family):
     model, processor = load(family)
     known = processor.tokenizer.get_vocab()
@@ -385,7 +392,7 @@ def test_tokens_of_vision_and_ids_without_text_are_never_sampled(load, tmp_path,
     assert max(sampled) < len(processor.tokenizer)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_sampling_stops_at_the_end_token_of_the_chat_and_rewards_do_not_see_it(load, tmp_path, family):
     model, processor = load(family)
     model.generation_config.eos_token_id = processor.tokenizer.convert_tokens_to_ids("<|endoftext|>")
@@ -537,4 +544,12 @@ def test_a_row_of_another_kind_is_refused_by_its_line(load, tmp_path):
         [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}], source=Source("rows.jsonl", 17)
     )
     with pytest.raises(RowError, match=r"rows\.jsonl:17: kind 'sft'"):
+        QwenVLGRPOTrainer(model, [REWARD], settings(GRPOConfig, tmp_path), [row], processor)
+
+
+def test_a_row_with_a_video_is_refused_by_its_line(load, tmp_path):
+    model, processor = load("qwen2_5_vl")
+    content = [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "What happens?"}]
+    row = Example([{"role": "user", "content": content}], kind="reward", solution="1", source=Source("rows.jsonl", 5))
+    with pytest.raises(RowError, match=r"rows\.jsonl:5: the prompt holds a video, which rollouts cannot share"):
         QwenVLGRPOTrainer(model, [REWARD], settings(GRPOConfig, tmp_path), [row], processor)

@@ -39,6 +39,30 @@ def test_a_pair_is_one_prompt_and_two_answers_with_their_end_tokens(processor):
     assert len(pair.vision["pixel_values"]) in (2, 2 * 16)
 
 
+def test_a_video_is_decoded_once_for_both_answers(model_folder, write_video, tmp_path, monkeypatch):
+    example = preference(pictures=1)
+    path = write_video(tmp_path / "a.mp4", num_frames=8)
+    example.messages[-1]["content"].insert(0, {"type": "video", "video": path})
+    processor = load_processor(str(model_folder("qwen2_5_vl")))
+    seen = []
+    original = type(processor.video_processor).preprocess
+
+    def preprocess(self, videos, *args, **kwargs):
+        seen.append(len(videos))
+        return original(self, videos, *args, **kwargs)
+
+    monkeypatch.setattr(type(processor.video_processor), "preprocess", preprocess)
+    pair = PreferencePairs(processor)(example)
+    assert seen == [1]
+    assert (pair.num_pictures, pair.num_videos) == (1, 1)
+    tokens = int(pair.vision["video_grid_thw"].prod()) // 4
+    assert int((pair.prompt_P == processor.video_token_id).sum()) == tokens > 0
+    batch = collate_groups([pair, PreferencePairs(processor)(preference())], 0, order="completion")
+    assert batch["num_videos"].tolist() == [1, 0]
+    with pytest.raises(RowError, match=r"rows\.jsonl:7: QwenVLProcessor cannot write parts of type video"):
+        PreferencePairs(load_processor(str(model_folder("qwen_vl"))))(example)
+
+
 def test_answers_of_the_prompt_are_not_scored(processor):
     before = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"})
     pair = PreferencePairs(processor)(preference(prompt=before))

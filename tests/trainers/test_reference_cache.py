@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
-from processing.example import Example, Source
+from processing.example import Example, RowError, Source
 from processing.processing_families import load_processor
 from trainers.reference_cache import (
     COLUMNS,
@@ -135,3 +135,10 @@ def test_a_processors_fingerprint_changes_with_template_pixels_and_vocabulary(mo
     prints.append(fingerprint_of_processor(changed))
     assert len(set(prints)) == 4
     assert fingerprint_of_processor(processor()) == prints[0]
+
+
+def test_a_row_with_a_video_is_refused_by_its_line(pictures):
+    example = row(pictures["a"], line=23)
+    example.messages[0]["content"].append({"type": "video", "video": "a.mp4"})
+    with pytest.raises(RowError, match=r"rows\.jsonl:23: .* has a video: take reference 'adapter_off' or 'copy'"):
+        row_key(example)
