@@ -190,7 +190,7 @@ def test_losses_and_weights_are_those_of_trl_on_the_same_completions(load, tmp_p
 )
 # TRL 1.16 calls transformers' old names for checkpointing.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
-@pytest.mark.parametrize("algorithm", PAIRS)
+@pytest.mark.parametrize("algorithm", ["grpo", pytest.param("rloo", marks=pytest.mark.slow)])
 def test_every_setting_gives_what_trl_gives(load, tmp_path, algorithm, given):
     if algorithm == "rloo" and "loss_type" in given:
         given = {"normalize_advantages": True}
