@@ -242,3 +242,20 @@ def test_videos_are_shared_as_pictures_are(build, groups, family, layout):
     assert found.keys() == wanted_gradients.keys()
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, wanted_gradients[name], atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("layout", ["rows", "tree"])
+def test_logits_are_divided_by_the_temperature_and_the_loss_is_the_mean_over_scored_tokens(build, groups, layout):
+    model = build("qwen2_5_vl")
+    prompt, completions, _ = groups("qwen2_5_vl")[1]
+    text = prompt[prompt < IMAGE_ID]  # without its pictures
+    wanted = []
+    for completion in completions:
+        logits = model(input_ids=torch.cat([text, completion])[None], use_cache=False).logits[0, len(text) - 1 : -1]
+        wanted.append((logits / 0.5).log_softmax(-1)[torch.arange(len(completion)), completion])
+    add_completion_head(model, layout, temperature=0.5)
+    scored = model(**batch_of([(text, completions, {})]), fused_lm_head=True)
+    for found, expected in zip(scored.log_probs, wanted, strict=True):
+        torch.testing.assert_close(found[found != 0], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scored.loss, -torch.cat(wanted).mean(), atol=1e-5, rtol=0)
+    assert scored.label_mask.sum() == 2 + 7 + 4

@@ -119,6 +119,15 @@ def test_a_models_fingerprint_changes_with_any_weight_and_not_with_a_fresh_adapt
     assert fingerprint_of_model(model, with_adapters=False) != plain
 
 
+def test_the_same_weights_under_another_configuration_are_another_model_wherever_they_lie(build):
+    model = build("qwen2_5_vl")
+    plain = fingerprint_of_model(model, with_adapters=False)
+    model.config._name_or_path = "moved/elsewhere"
+    assert fingerprint_of_model(model, with_adapters=False) == plain
+    model.config.text_config.rms_norm_eps *= 10
+    assert fingerprint_of_model(model, with_adapters=False) != plain
+
+
 def test_a_processors_fingerprint_changes_with_template_pixels_and_vocabulary(model_folder):
     def processor():
         return load_processor(str(model_folder("qwen2_5_vl")))
