@@ -68,8 +68,8 @@ ROW_FORMATS: dict[str, RowFormat] = {
     ),
     "messages": RowFormat(("messages",), ("image", "images", "video", "videos"), read_messages),
     "prefix_suffix": RowFormat(("prefix", "suffix"), ("image", "images", "video", "videos"), read_prefix_suffix),
-    "preference": RowFormat(("prompt", "chosen", "rejected"), ("image", "images"), read_preference),
-    "reward": RowFormat(("problem|prompt", "solution"), ("image", "images"), read_reward),
+    "preference": RowFormat(("prompt", "chosen", "rejected"), ("image", "images", "video", "videos"), read_preference),
+    "reward": RowFormat(("problem|prompt", "solution"), ("image", "images", "video", "videos"), read_reward),
     "coco": RowFormat(("image", "annotations", "categories"), ("question",), read_coco),
     "refcoco": RowFormat(
         ("image", "bbox", "sent|sentence|sentences"),

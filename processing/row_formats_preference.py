@@ -7,7 +7,7 @@ from typing import Any
 
 from .example import Message
 from .parts import shorten
-from .row_pictures import PictureRoot, pictures_of_row, with_pictures
+from .row_pictures import PictureRoot, pictures_of_row, videos_of_row, with_pictures
 
 Fields = dict[str, Any]
 Row = Mapping[str, Any]
@@ -15,10 +15,9 @@ Row = Mapping[str, Any]
 
 def read_preference(row: Row, root: PictureRoot) -> Fields:
     """{"images": ["a.png"], "prompt": "Who?", "chosen": "Ada.", "rejected": "Bob."}; texts or lists of messages."""
-    prompt = _as_messages(row["prompt"], "prompt", "user")
     return {
         "kind": "preference",
-        "messages": with_pictures(prompt, pictures_of_row(row, root), root, placeholders_required=False),
+        "messages": _prompt(row, "prompt", root),
         "chosen": with_pictures(
             _as_messages(row["chosen"], "chosen", "assistant"), [], root, placeholders_required=False
         ),
@@ -33,12 +32,17 @@ def read_reward(row: Row, root: PictureRoot) -> Fields:
     given = [key for key in ("problem", "prompt") if row.get(key) is not None]
     if len(given) != 1:
         raise ValueError("the row has both 'problem' and 'prompt': keep one of them")
-    prompt = _as_messages(row[given[0]], given[0], "user")
     return {
         "kind": "reward",
-        "messages": with_pictures(prompt, pictures_of_row(row, root), root, placeholders_required=False),
+        "messages": _prompt(row, given[0], root),
         "solution": row["solution"],
     }
+
+
+def _prompt(row: Row, name: str, root: PictureRoot) -> list[Message]:
+    pictures, videos = pictures_of_row(row, root), videos_of_row(row, root)
+    messages = _as_messages(row[name], name, "user")
+    return with_pictures(messages, pictures, root, placeholders_required=False, videos=videos)
 
 
 def _as_messages(value: Any, name: str, role: str) -> list[Message]:

@@ -161,6 +161,16 @@ def test_preference_rows_may_be_texts_or_messages():
     )
 
 
+@pytest.mark.parametrize(
+    "answers", [{"chosen": "7", "rejected": "8"}, {"solution": "7"}], ids=["preference", "reward"]
+)
+def test_the_videos_of_preference_and_reward_rows_stand_in_the_prompt(answers):
+    example = only({"video": "goal.mp4", "image": "team.png", "prompt": "<image>Who scores in<video>?", **answers})
+    assert [part["type"] for part in example.messages[0]["content"]] == ["image", "text", "video", "text"]
+    assert [part["video"] for part in example.videos] == ["goal.mp4"]
+    assert not example.columns
+
+
 def test_reward_rows_keep_their_other_columns_for_the_reward_functions():
     example = only({"image": "a.png", "problem": "2+3?", "solution": "5", "difficulty": 7, "id": 3})
     assert (example.kind, example.solution, dict(example.columns)) == ("reward", "5", {"difficulty": 7})
