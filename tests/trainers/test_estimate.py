@@ -21,12 +21,12 @@ from transformers import (
 
 from modeling_qwenvl import QwenVLConfig
 from trainers.arguments import StageArguments
-from trainers.estimate import GIB, Estimate, estimate, estimate_config
+from trainers.estimate import GIB, Estimate, _optimizer_bytes, estimate, estimate_config
 from trainers.lora import TORCH_DTYPES, quantization_config
 from trainers.recipe_model import prepare_model, trained_parts
 from trainers.recipe_reading import load_recipe
 from trainers.sft import QwenVLSFTTrainer
-from trainers.sizes_only import Allocations, GpuBehaviour, nf4_bytes
+from trainers.sizes_only import WEIGHT_CASTS, Allocations, GpuBehaviour, nf4_bytes
 
 ROWS, LENGTH, SIDE = 2, 256, 112
 IMAGE, START, END, VIDEO = 1990, 1991, 1992, 1993
@@ -196,6 +196,9 @@ def test_what_the_settings_save():
     # With a quarter of the targets the peak is no longer where the loss is computed.
     whole, half = moving()["head and loss"], moving("estimate.supervised_share=0.5")["head and loss"]
     assert half == pytest.approx(whole / 2, rel=0.1)
+    # Of 2 rows of 256, 2 x 240 targets beside a picture of 16 tokens each, 2 x 208 beside three.
+    fewer = moving("estimate.pictures_per_row=3")["head and loss"]
+    assert fewer == pytest.approx(whole * 208 / 240, rel=0.01)
     matrices = 4 * 2 * 4 * 256 * 256 * 4  # layers x rows x heads x length x length x bytes
     assert moving("model.attention=eager")["language_model"] == pytest.approx(kept + matrices, rel=0.01)
     longer = moving("data.max_length=512")["language_model"]
@@ -243,6 +246,14 @@ def test_sharding_divides_gradients_and_gathers_two_layers_at_a_time():
     assert sharded.moving["gradients"] == alone.moving["gradients"] // 4 > 0
     layer = AutoModelForImageTextToText.from_config(config_of("qwen_vl")).model.language_model.layers[0]
     assert sharded.communication == 2 * sum(p.nbytes for p in layer.parameters())
+    half = {"alone": "hardware.precision=bfloat16",
+            "sharded": "hardware={devices: 4, sharding: full, precision: bfloat16}"}  # fmt: skip
+    found = {name: estimate_config(config_of("qwen_vl"), recipe_of(hardware, "optimizer.global_batch_size=16"))
+             for name, hardware in half.items()}  # fmt: skip
+    assert found["sharded"].communication == sharded.communication // 2
+    # Copies of weights for the multiplications, which gathered layers are already.
+    assert found["alone"].moving[WEIGHT_CASTS] > 0
+    assert WEIGHT_CASTS not in found["sharded"].moving
 
 
 def test_what_a_gpu_must_have_is_all_tensors_a_twentieth_more_and_a_gib():
@@ -260,6 +271,15 @@ def test_eight_bit_states_take_a_quarter():
     full = sum(estimate_config(config_of("qwen_vl"), recipe_of()).optimizer.values())
     eight = sum(estimate_config(config_of("qwen_vl"), recipe_of("optimizer.states=8bit")).optimizer.values())
     assert 0.25 < eight / full < 0.30  # norms and biases below 4096 weights stay in float32
+
+
+def test_eight_bit_states_of_small_tensors_stay_in_float32():
+    recipe = recipe_of("optimizer.states=8bit")
+    sizes = [_optimizer_bytes(torch.empty(numel), recipe) for numel in (4095, 4096)]
+    assert sizes == [
+        2 * 4 * 4095,
+        2 * 4096 + 2 * 4 * 16,
+    ]  # two floats each; two bytes, and two scales per block of 256
 
 
 def test_llava_can_be_estimated_too():

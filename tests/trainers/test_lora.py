@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from trainers.families import PARTS, find_parts, unwrap
+from trainers.families import PARTS, embedding_modules, find_parts, unwrap
 from trainers.freezing import TrainedParts, freeze
 from trainers.lora import (
     add_lora,
@@ -230,6 +230,19 @@ def test_dora_is_reloaded_with_its_magnitudes_beside_a_whole_adapter_and_new_emb
     assert all(torch.equal(saved[name], loaded[name]) for name in saved)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_whole_embeddings_are_the_table_and_the_head(build, family, tied):
+    base = build(family)
+    if tied:
+        base.config.tie_word_embeddings = base.config.get_text_config().tie_word_embeddings = True
+        base.tie_weights()
+    model = add_lora(base, lora_recipe(embeddings="full"))
+    table, head = (module.modules_to_save["default"].weight for module in embedding_modules(unwrap(model)))
+    assert table.requires_grad
+    assert head.requires_grad
+    assert (table is head) == tied
+
+
 def test_float32_updates_of_a_bfloat16_base_are_reloaded_without_rounding(tmp_path, build):
     model = add_lora(build("qwen2_5_vl").bfloat16(), lora_recipe(adapter="full", dtype="bfloat16"))
     for parameter in model.parameters():
@@ -302,6 +315,20 @@ def test_four_bits_reach_every_linear_layer_of_the_language_model_and_no_other(q
     for part in ("tower", "adapter", "embeddings"):
         assert {p.dtype for _, p in find_parts(quantized).parameters(part)} == {torch.float32}
     check_quantized(quantized)
+
+
+def test_a_head_that_is_tied_to_the_embeddings_stays_whole(tmp_path, build, family):
+    model = build(family)
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path)
+    config = quantization_config(tmp_path, torch.float32)
+    assert "lm_head" in config.llm_int8_skip_modules
+    loaded = AutoModelForImageTextToText.from_pretrained(
+        tmp_path, dtype=torch.float32, quantization_config=config, device_map={"": "cpu"}
+    )
+    check_quantized(loaded)
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
 
 
 def test_a_skip_list_that_misses_the_tower_is_noticed(tmp_path, build):
