@@ -113,6 +113,11 @@ class QwenVLDPOTrainer(AnsweringMixin, CheckpointMixin, PartsMixin, DPOTrainer):
         self.freeze = freeze_for_preferences(model, trained, is_peft)
         self.learning_rates = learning_rates
         self.reference = _which_reference(args.reference, model, ref_model)
+        if self.reference == "cache" and args.fsdp and not is_peft:
+            raise ValueError(
+                "reference='cache' under FSDP, without LoRA: the weights that it is computed from, and known by, are "
+                "split by then. Say reference='copy'."
+            )
         if self.reference == "copy" and ref_model is None:
             ref_model = _copy_of(model, shares_frozen=args.parallel_mode == ParallelMode.NOT_PARALLEL)
         processor = at_stage_resolution(processing_class, unwrap(model).config, SFT, args.resolution)

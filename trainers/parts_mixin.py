@@ -37,13 +37,10 @@ class PartsMixin(CpuShardingMixin):
     aux_loss_enabled: bool
 
     @property
-    def _is_sharded(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
-
-    @property
     def _encodes_always(self) -> bool:
         """Whether a batch of text needs a blank picture, as trainers/blank_pictures.py says."""
-        return self._is_sharded or not any(self.freeze.count(part)[0] for part in ("language_model", "embeddings"))
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return is_sharded or not any(self.freeze.count(part)[0] for part in ("language_model", "embeddings"))
 
     def _check_experts(self) -> None:
         """After TRL's __init__: ValueError where TRL would add the loss that keeps a mixture of experts balanced."""

@@ -6,7 +6,6 @@ encoded once per batch of rollouts, generated from once, and its group stays tog
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -20,11 +19,11 @@ from trl.trainer.utils import split_tensor_dict
 
 from processing.example import Example, RowError
 from processing.pictures import ANYTHING, PictureLimits
-from trainers.blank_pictures import tower_in_every_forward
 from trainers.completion_layout import LayoutName
 from trainers.completion_logps import add_completion_head
 from trainers.families import unwrap
 from trainers.freezing import TrainedParts
+from trainers.gathered_weights import gathered_weights
 from trainers.optimizer import LearningRates
 from trainers.parts_mixin import PartsMixin, checkpointing_kept, freeze_for_preferences
 from trainers.rewards import RewardTerm, reads_solutions
@@ -66,7 +65,7 @@ class RolloutMixin(RolloutDisplayMixin, PartsMixin):
     Without PEFT the reference model of `beta` > 0 is a frozen copy of `model` as it is now; with PEFT it is the model
     without its adapter, or with a copy of the adapter that came along (see TRL).
 
-    Raises ValueError (RowError by row) for rows, rewards and sizes that do not fit together, and for LoRA under FSDP.
+    Raises ValueError (RowError by row) for rows, rewards and sizes that do not fit together.
     """
 
     _buffered_inputs: list[dict[str, Any]] | None
@@ -120,15 +119,6 @@ class RolloutMixin(RolloutDisplayMixin, PartsMixin):
             callbacks=callbacks,
         )
         self._check_experts()
-        if self.is_fsdp_enabled:
-            if is_peft and not self.use_vllm:
-                raise ValueError(
-                    "Sampling from a PeftModel under FSDP would not collect its weights: generate() of PEFT calls the "
-                    "model inside the one that FSDP collects for. Train whole parts, use DDP, or sample with vLLM."
-                )
-            # By which transformers' generate knows that all processes must go on until the last one is done;
-            # accelerate, which shards the model, does not say it.
-            base._is_fsdp_managed_module = True
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(self.freeze.trains.get(name, False))
             if parameter.requires_grad and parameter.dtype != weights[name].dtype:
@@ -254,9 +244,9 @@ class RolloutMixin(RolloutDisplayMixin, PartsMixin):
         self.generation_config.num_return_sequences = self._group_size
         fields = generation_fields(unique)
         ids = [prompt.input_ids for prompt in unique]
-        parts = self.freeze.parts
-        always = tower_in_every_forward(parts, is_sharded=True) if self._is_sharded else nullcontext()
-        with self.tower_memory.around(parts.base, unique), always:
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        reshards = plugin is not None and bool(plugin.reshard_after_forward)
+        with gathered_weights(self.model_wrapped, reshards), self.tower_memory.around(self.freeze.parts.base, unique):
             return super()._generate_single_turn(ids, None, fields, *args, **kwargs)
 
     def _as_messages(self, completion_ids: Sequence[Sequence[int]]) -> list[list[dict[str, str]]]:

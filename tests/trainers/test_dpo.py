@@ -367,6 +367,19 @@ def test_how_often_a_step_sends_its_pictures_through_the_tower(
     assert len(counted) == 2 * passes  # nothing is left over from the step before
 
 
+@pytest.mark.parametrize("family", ["qwen_vl", "qwen3_vl"])
+def test_a_batch_of_text_trains_nothing_where_the_adapter_alone_trains(load, examples, tmp_path, family):
+    """It has nothing to go back through but a blank picture."""
+    model, processor = load(family)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    text, batch_of_one = [examples[1]], {"per_device_train_batch_size": 1, "max_steps": 1}
+    trainer = trained(model, processor, text, tmp_path, trained=TrainedParts(("adapter",)), **batch_of_one)
+    assert losses(trainer) == [pytest.approx(0.6931, abs=1e-4)]
+    assert any(p.requires_grad for p in model.parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, before[name], atol=0, rtol=0, msg=name)
+
+
 @pytest.mark.parametrize("parts", [("adapter", "language_model"), ("language_model",)])
 def test_shared_pictures_change_no_gradient(load, examples, tmp_path, parts):
     gradients = []
@@ -514,6 +527,9 @@ def test_settings_that_would_not_do_what_they_say_are_refused(tmp_path, settings
 
 def test_references_that_the_model_cannot_give_are_refused(load, examples, tmp_path):
     model, processor = load("qwen_vl")
+    sharded = {"reference": "cache", "reference_cache_dir": str(tmp_path), "fsdp": True}
+    with pytest.raises(ValueError, match="under FSDP, without LoRA: .* Say reference='copy'"):
+        QwenVLDPOTrainer(model, DPOArguments(str(tmp_path), **SETTINGS | sharded), examples, None, processor)
     for wrapped, reference, message in (
         (model, "adapter_off", "needs a PeftModel"),
         (with_lora(load("qwen_vl")[0]), "copy", "would hold the base twice"),

@@ -55,7 +55,7 @@ def settings(model_folder, preference_file, tmp_path):
 
 # TRL switches checkpointing off and on around the reference by its old name.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_.*able:FutureWarning")
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen_vl"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen_vl", "clip_qwen2"])
 def test_a_recipe_trains_lora_by_dpo_resumes_and_keeps_what_it_was(settings, family, tmp_path):
     recipe = load_recipe("qlora_dpo_24gb", settings(family=family))
     final = train(recipe)

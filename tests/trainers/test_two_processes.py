@@ -24,6 +24,7 @@ from processing.processing_families import load_processor
 from trainers.arguments import StageArguments
 from trainers.dpo import QwenVLDPOTrainer
 from trainers.dpo_arguments import DPOArguments
+from trainers.families import unwrap
 from trainers.grpo import QwenVLGRPOTrainer
 from trainers.lora import load_lora, whole_modules
 from trainers.multitask import QwenVLMultiTaskTrainer
@@ -321,6 +322,53 @@ def test_rollouts_under_fsdp2_equal_one_process_with_the_same_global_batch(model
     assert_preferences_equal_one_process(model_folder, tmp_path, algorithm, cases, {"fsdp": True})
 
 
+@pytest.mark.slow
+def test_processes_under_fsdp2_sample_on_their_own_and_say_what_one_process_says(model_folder, tmp_path):
+    """Each has one prompt in a step, with a picture or without, and another length of its answer."""
+    (tmp_path / "script.py").write_text(SAMPLING_SCRIPT)
+    folders = [str(model_folder(family)) for family in (*FAMILIES, "qwen2_5_vl")]
+    launch(tmp_path / "script.py", str(Path(__file__).parent), tmp_path, *folders)
+    for number, folder in enumerate(folders[:2]):
+        trainer = make_ending_trainer(folder, tmp_path / "alone", batch=2)
+        trainer.train()
+        shortest, longest = lengths_of(trainer)
+        assert torch.load(tmp_path / f"{number}.pt") == (shortest, longest)
+        assert any(short < long for short, long in zip(shortest, longest, strict=True))
+    assert torch.load(tmp_path / "2.pt") == torch.load(tmp_path / "1.pt")  # LoRA that changes nothing yet
+
+
+def lengths_of(trainer):
+    """Of every step, the lengths of the shortest and of the longest answer: there are two prompts in each."""
+    names = ("completions/min_length", "completions/max_length")
+    return tuple([log[name] for log in trainer.state.log_history if name in log] for name in names)
+
+
+SAMPLING_SCRIPT = """
+import sys
+tests, folder, *models = sys.argv[1:]
+sys.path.insert(0, tests)
+import torch
+import test_two_processes as here
+
+for number, model in enumerate(models):
+    trainer = here.make_ending_trainer(model, f"{folder}/{number}", batch=1, lora=number == 2, fsdp=True)
+    trainer.train()
+    if trainer.is_world_process_zero():
+        torch.save(here.lengths_of(trainer), f"{folder}/{number}.pt")
+"""
+
+
+def make_ending_trainer(folder, output, batch, **settings):
+    """Greedy sampling from a model that likes to end its answer. Alike answers teach nothing: weights stay."""
+    settings |= {"max_completion_length": 40, "gradient_accumulation_steps": 1, "max_steps": 4}
+    trainer = PREFERENCES["sampled"](folder, output, batch, **settings)
+    end = trainer.processing_class.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    head = unwrap(trainer.model).get_output_embeddings()
+    with torch.no_grad():
+        head.weight[end] = 1.5 * head.weight.norm(dim=1).mean() * torch.nn.functional.normalize(head.weight[70], dim=0)
+    return trainer
+
+
 G = 3  # completions per prompt
 
 
@@ -346,7 +394,7 @@ def spread(completion_ids, **_):
     return [sum(ids) % 17 / 17 + len(ids) / 10 for ids in completion_ids]
 
 
-def make_rollout_trainer(trainer, config, folder, output, batch, **settings):
+def make_rollout_trainer(trainer, config, folder, output, batch, lora=False, **settings):
     rows = []
     for number in range(8):
         picture = [{"type": "image", "image": Image.new("RGB", (8, 8), (30 * number,) * 3)}] * (number % 2)
@@ -356,10 +404,11 @@ def make_rollout_trainer(trainer, config, folder, output, batch, **settings):
     set_seed(0)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     arguments = config(
-        str(output), per_device_train_batch_size=batch * G, num_generations=G, max_completion_length=9, bf16=False,
-        **{name: value for name, value in PREFERENCE_SETTINGS.items() if name != "train_sampling_strategy"},
-        **settings,
+        str(output), per_device_train_batch_size=batch * G, num_generations=G, bf16=False,
+        **{name: value for name, value in PREFERENCE_SETTINGS.items() if name != "train_sampling_strategy"}
+        | {"max_completion_length": 9} | settings,
     )  # fmt: skip
+    model = with_lora(model) if lora else model
     return trainer(model, [RewardTerm("spread", function=spread)], arguments, rows, load_processor(folder))
 
 
@@ -367,6 +416,8 @@ PREFERENCES = {
     "dpo": make_dpo_trainer,
     "grpo": partial(make_rollout_trainer, InjectedGRPO, GRPOConfig),
     "rloo": partial(make_rollout_trainer, InjectedRLOO, RLOOConfig),
+    # Always the likeliest token, so that it does not matter who draws.
+    "sampled": partial(make_rollout_trainer, QwenVLGRPOTrainer, GRPOConfig, top_k=1),
 }
 
 
