@@ -528,7 +528,7 @@ def test_settings_that_would_not_do_what_they_say_are_refused(tmp_path, settings
 def test_references_that_the_model_cannot_give_are_refused(load, examples, tmp_path):
     model, processor = load("qwen_vl")
     sharded = {"reference": "cache", "reference_cache_dir": str(tmp_path), "fsdp": True}
-    with pytest.raises(ValueError, match="under FSDP, without LoRA: .* Say reference='copy'"):
+    with pytest.raises(ValueError, match=r"under FSDP, without LoRA: .* Say reference='copy'"):
         QwenVLDPOTrainer(model, DPOArguments(str(tmp_path), **SETTINGS | sharded), examples, None, processor)
     for wrapped, reference, message in (
         (model, "adapter_off", "needs a PeftModel"),
