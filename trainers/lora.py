@@ -150,17 +150,14 @@ def quantization_config(path: str | Path, compute_dtype: torch.dtype) -> BitsAnd
     spared = [
         path
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and part_of.get(f"{path}.weight") != "language_model"
+        if isinstance(module, nn.Linear) and part_of.get(f"{path}.weight") != "language_model"  # None: a tied head
     ]
-    # A tied head has no name of its own among the parameters.
-    head = model.get_output_embeddings()
-    spared += [path for path, module in model.named_modules() if module is head]
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=sorted(set(spared)),
+        llm_int8_skip_modules=sorted(spared),
     )
 
 

@@ -158,6 +158,20 @@ def test_a_bfloat16_base_is_stored_in_bfloat16_with_one_rounding(tmp_path, train
     assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
 
 
+def test_dora_on_a_bfloat16_base_is_rounded_once_too(tmp_path, trained):
+    trained("qwen2_5_vl", dtype=torch.bfloat16, dora=True)
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype="auto").state_dict()
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base", dtype="auto").state_dict()
+    lora = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    name = "model.language_model.layers.1.mlp.up_proj"
+    a, b = (lora[f"base_model.model.{name}.lora_{letter}.weight"].double() for letter in "AB")
+    moved = base[f"{name}.weight"].double() + 7 / 3 * b @ a
+    magnitude = lora[f"base_model.model.{name}.lora_magnitude_vector"].double()
+    exact = magnitude[:, None] * moved / moved.norm(dim=1, keepdim=True)
+    assert (merged[f"{name}.weight"] != exact.bfloat16()).sum() <= 4  # of 1536; where float32 stands between two
+
+
 def test_a_quantised_base_is_refused(tmp_path, trained):
     trained("qwen2_5_vl")
     path = tmp_path / "base" / "config.json"
