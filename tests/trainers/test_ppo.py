@@ -151,6 +151,14 @@ def test_at_the_start_advantages_are_the_discounted_score_because_values_are_zer
     assert output["old_values"].abs().max() == 0
 
 
+def test_the_score_of_an_answer_is_its_weighted_reward(make):
+    settings = {"beta": 0.0, "gamma": 0.5, "lam": 1.0, "whiten_advantages": False}
+    weighted = RewardTerm(REWARD.name, -3.0, function=REWARD.function)
+    expected = -3 * rollout(make(**settings))["advantages"]
+    torch.testing.assert_close(rollout(make(reward=weighted, **settings))["advantages"], expected)
+    assert expected.min() == -3.0
+
+
 def test_the_kl_penalty_is_that_of_the_two_policies_and_is_taken_off_the_rewards(make):
     trainer = make(beta=0.5, gamma=1.0, lam=0.0, whiten_advantages=False)
     with torch.no_grad():
