@@ -538,6 +538,18 @@ def test_what_cannot_work_is_refused_before_anything_runs(load, tmp_path, change
         )
 
 
+def test_a_prompt_and_its_longest_completion_may_fill_max_length_and_no_more(load, tmp_path):
+    model, processor = load("qwen_vl")
+    trainer = OurGRPO(model, [REWARD], settings(GRPOConfig, tmp_path), examples(), processor)
+    row = examples()[0]
+    length = len(trainer._encode(row).input_ids)
+    trainer.max_length = length + trainer.max_completion_length
+    assert len(trainer._encode(row).input_ids) == length
+    trainer.max_length -= 1
+    with pytest.raises(ValueError, match=f"{length} tokens of prompt and .* are more than max_length"):
+        trainer._encode(row)
+
+
 def test_a_row_of_another_kind_is_refused_by_its_line(load, tmp_path):
     model, processor = load("qwen_vl")
     row = Example(
