@@ -290,6 +290,22 @@ def test_the_command_makes_a_dry_run_of_a_processor_and_shows_the_rest(run, tmp_
     assert not (tmp_path / "published" / "hf_token.txt").exists()
 
 
+def test_an_adapter_leaves_its_trainers_card_behind_and_names_its_base_as_the_hub_does(tmp_path):
+    source = tmp_path / "final"
+    source.mkdir()
+    settings = {"peft_type": "LORA", "r": 3, "base_model_name_or_path": "/home/me/base"}
+    (source / "adapter_config.json").write_text(json.dumps(settings))
+    (source / "README.md").write_text("a trainer's own card")
+    (source / "optimizer.pt").write_bytes(b"states")
+    save_file({"lora_A": torch.arange(3.0)}, source / "adapter_model.safetensors")
+    assert publish_folder.build_folder(source, tmp_path / "hub", base_name="Qwen/Qwen2-VL-2B") == "adapter"
+    names = {path.name for path in (tmp_path / "hub").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors"}
+    published = json.loads((tmp_path / "hub" / "adapter_config.json").read_text())
+    assert published == settings | {"base_model_name_or_path": "Qwen/Qwen2-VL-2B"}
+    assert json.loads((source / "adapter_config.json").read_text()) == settings
+
+
 def test_wishes_that_do_not_fit_are_refused(model_folder, tmp_path):
     source = model_folder("qwen2_5_vl")
     with pytest.raises(ValueError, match="there is nothing to merge"):
