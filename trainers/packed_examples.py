@@ -82,7 +82,7 @@ def pack_examples(
 
     Example:
         >>> pack_examples(examples, collator, capacity=120, seed=0).rows  # of 55, 40, 61 and 70 tokens
-        [[3, 1], [2, 0]]
+        [[2, 0], [3, 1]]
     """
     if isinstance(dataset, IterableDataset):
         raise ValueError(

@@ -199,3 +199,15 @@ def test_an_attention_that_sees_no_boundaries_is_refused(make_trainer, model_fol
         ValueError, match="packing with attention 'my_kernel' would let the examples of a row see each"
     ):
         make_trainer(model=model)
+
+
+def test_a_packed_run_reads_a_frozen_towers_features_from_the_cache(make_trainer, tmp_path):
+    cached = {"trainer_class": QwenVLSFTTrainer, "max_length": 211, "num_train_epochs": 2, "max_steps": -1}
+    cached["feature_cache_dir"] = str(tmp_path / "features")
+    trainer = make_trainer("cached", **cached)
+    losses, weights = losses_and_weights(trainer)
+    assert trainer.feature_cache.hits == trainer.feature_cache.misses == 0 + 1 + 2 + 0 + 1 + 2 + 0 + 1
+    plain_losses, plain = losses_and_weights(make_trainer("plain", **cached | {"feature_cache_dir": None}))
+    assert losses == pytest.approx(plain_losses, abs=1e-6)
+    for name, tensor in plain.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-6, msg=name)
