@@ -60,7 +60,8 @@ class RolloutMixin(RolloutDisplayMixin, PartsMixin):
         learning_rates: of parts with their own; `args.learning_rate` is then not read.
         max_length: tokens that a prompt and its longest completion may have together; None: any. Longer prompts are
             refused: pictures are never cut.
-        layout: "tree" computes a prompt once for its completions (needs sdpa or eager attention), "rows" G times.
+        layout: "tree" computes a prompt once for its completions (trainers/tree_attention.py says for which
+            models), "rows" G times.
 
     Without PEFT the reference model of `beta` > 0 is a frozen copy of `model` as it is now; with PEFT it is the model
     without its adapter, or with a copy of the adapter that came along (see TRL).
