@@ -47,7 +47,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from benchmarks.comparison import OURS, STEPS, Measured, common_settings, comparison_table, train_only
 from benchmarks.peak_memory import in_a_process
-from benchmarks.small_models import IMAGE_ID, VOCABULARY, FamilyName, small_model
+from benchmarks.small_models import IMAGE_ID, SMALL_VOCABULARY, VOCABULARY, FamilyName, small_model
 from benchmarks.step_clock import StepClock, quietly_train
 from benchmarks.synthetic_rows import picture_row
 from trainers.completion_batch import CompletionGroup, collate_groups
@@ -57,7 +57,6 @@ from trainers.dpo_arguments import DPOArguments
 from trainers.freezing import PARTS, TrainedParts
 from trainers.picture_memory import PictureMemory
 
-SMALL_VOCABULARY = 1024
 GROUP = 8  # completions of a prompt in GRPO
 PROMPT_TEXT, COMPLETION = 40, 60  # tokens; with its picture the prompt has 298
 TRL = "TRL"

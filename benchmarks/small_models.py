@@ -14,6 +14,7 @@ from modeling_qwenvl.modeling_qwenvl import QwenVLForConditionalGeneration
 FamilyName = Literal["qwen2_5_vl", "qwen_vl"]
 
 VOCABULARY = 151_936
+SMALL_VOCABULARY = 1024  # so that the output layer does not decide what a step costs
 PICTURE_TOKENS = 256  # of 448 x 448 pixels, in both families
 # The last ids of the vocabulary, whatever its size.
 IMAGE_ID, START_ID, END_ID, VIDEO_ID = -1, -2, -3, -4

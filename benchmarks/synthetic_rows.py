@@ -38,11 +38,12 @@ def picture_rows(family: FamilyName, count: int, vocabulary: int = VOCABULARY) -
     return [picture_row(family, 40, 30 + 20 * (number % 4), number, vocabulary=vocabulary) for number in range(count)]
 
 
-def mixed_rows(family: FamilyName, count: int, seed: int = 0) -> list[EncodedExample]:
+def mixed_rows(family: FamilyName, count: int, vocabulary: int = VOCABULARY, seed: int = 0) -> list[EncodedExample]:
     """Rows of a common mix: half of them text alone, answers log-normal (median 60 tokens, few of several hundred)."""
     rng = random.Random(seed)
     rows = []
     for number in range(count):
         answer = min(700, max(10, round(math.exp(rng.gauss(math.log(60), 1.0)))))
-        rows.append(picture_row(family, 30, answer, seed=number, pictures=rng.randrange(2)))
+        pictures = rng.randrange(2)
+        rows.append(picture_row(family, 30, answer, number, pictures, vocabulary))
     return rows
