@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageTextToText, set_seed
-from trl import GRPOConfig, RLOOConfig
+from trl import GRPOConfig
 
 from processing.example import Example, Source
 from processing.processing_families import load_processor
@@ -31,7 +31,6 @@ from trainers.multitask import QwenVLMultiTaskTrainer
 from trainers.pretrain import QwenVLPretrainTrainer
 from trainers.recipe_reading import load_recipe
 from trainers.rewards import RewardTerm
-from trainers.rloo import QwenVLRLOOTrainer
 from trainers.sft import QwenVLSFTTrainer
 from trainers.train import train
 
@@ -316,10 +315,9 @@ def test_dpo_under_fsdp2_equals_one_process_with_the_same_global_batch(model_fol
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
-def test_rollouts_under_fsdp2_equal_one_process_with_the_same_global_batch(model_folder, tmp_path, algorithm):
+def test_grpo_under_fsdp2_equals_one_process_with_the_same_global_batch(model_folder, tmp_path):
     cases = {family: (family, {"beta": 0.1}) for family in FAMILIES}
-    assert_preferences_equal_one_process(model_folder, tmp_path, algorithm, cases, {"fsdp": True})
+    assert_preferences_equal_one_process(model_folder, tmp_path, "grpo", cases, {"fsdp": True})
 
 
 @pytest.mark.slow
@@ -384,17 +382,12 @@ class InjectedGRPO(QwenVLGRPOTrainer):
         return fixed_completions(self, prompt_ids), None
 
 
-class InjectedRLOO(QwenVLRLOOTrainer):
-    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        return fixed_completions(self, prompt_ids)
-
-
 def spread(completion_ids, **_):
     """A reward that every completion gets another value of."""
     return [sum(ids) % 17 / 17 + len(ids) / 10 for ids in completion_ids]
 
 
-def make_rollout_trainer(trainer, config, folder, output, batch, lora=False, **settings):
+def make_rollout_trainer(trainer, folder, output, batch, lora=False, **settings):
     rows = []
     for number in range(8):
         picture = [{"type": "image", "image": Image.new("RGB", (8, 8), (30 * number,) * 3)}] * (number % 2)
@@ -403,7 +396,7 @@ def make_rollout_trainer(trainer, config, folder, output, batch, lora=False, **s
         rows.append(Example([{"role": "user", "content": content}], kind="reward", solution="1", source=source))
     set_seed(0)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    arguments = config(
+    arguments = GRPOConfig(
         str(output), per_device_train_batch_size=batch * G, num_generations=G, bf16=False,
         **{name: value for name, value in PREFERENCE_SETTINGS.items() if name != "train_sampling_strategy"}
         | {"max_completion_length": 9} | settings,
@@ -414,10 +407,9 @@ def make_rollout_trainer(trainer, config, folder, output, batch, lora=False, **s
 
 PREFERENCES = {
     "dpo": make_dpo_trainer,
-    "grpo": partial(make_rollout_trainer, InjectedGRPO, GRPOConfig),
-    "rloo": partial(make_rollout_trainer, InjectedRLOO, RLOOConfig),
+    "grpo": partial(make_rollout_trainer, InjectedGRPO),
     # Always the likeliest token, so that it does not matter who draws.
-    "sampled": partial(make_rollout_trainer, QwenVLGRPOTrainer, GRPOConfig, top_k=1),
+    "sampled": partial(make_rollout_trainer, QwenVLGRPOTrainer, top_k=1),
 }
 
 
