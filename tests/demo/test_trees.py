@@ -122,6 +122,17 @@ def test_conversations_of_a_tree_are_about_the_same_picture_and_of_tasks_drawn_b
     assert tasks.count("ocr_vqa") / len(tasks) == pytest.approx(0.75, abs=0.1)
 
 
+def test_two_thirds_of_the_conversations_have_one_turn_and_the_others_two_or_three(scenes):
+    drawn = list(trees(scenes, {"conversation": 3.0, "two pictures": 1.0}, count=101, branches=5, seed=0))
+    pictures = [{example.num_pictures for example in tree} for tree in drawn]
+    assert all(len(of_tree) == 1 for of_tree in pictures)
+    assert 0.15 < pictures.count({2}) / 101 < 0.35
+    turns = [len(example.messages) // 2 for tree in drawn for example in tree]
+    assert set(turns) == {1, 2, 3}
+    assert turns.count(1) / 505 == pytest.approx(2 / 3, abs=0.07)
+    assert turns.count(2) / 505 == pytest.approx(1 / 6, abs=0.05)
+
+
 def test_every_tree_is_learned_from_once_before_any_comes_again():
     order = in_order(list("abcdefg"), 17, seed=0)
     assert sorted(order[:7]) == sorted(order[7:14]) == list("abcdefg")
