@@ -171,7 +171,7 @@ class Lesson:
         recipe = self.in_time(planned)
         with timed(self.seconds, "texts to ids"):
             seed = 1000 * self.seed + len(self.stages)
-            made = trees(self.scenes, recipe.mixture, recipe.trees, recipe.branches, seed)
+            made = trees(self.scenes, recipe.mixture, recipe.trees, recipe.branches, seed, recipe.asked)
             supervise = Supervision(self.processor)
             if name == TEXT_STAGE:
                 made = ([without_picture(example, self.processor) for example in tree] for tree in made)

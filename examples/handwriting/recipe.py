@@ -3,7 +3,7 @@
 What was tried stands in docs/demo.md.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,8 @@ class StageRecipe:
 
     trees: how many pictures (in stage 3 also pairs of them) are asked about, each in `branches` conversations; they
         are made once and learned from again until `steps` of `batch_size` trees are done.
-    mixture: task -> its share of the conversations.
+    mixture: task -> its share of the conversations. asked: task -> its share of the turns, in stage 3's conversations
+        about one picture.
     seconds: what the stage takes one thread (of an EPYC, with AVX-512). How much faster or slower a machine is, the
         demo sees in stage 0, and leaves out steps where the stages would not end in time.
     Rates are peaks of a cosine that ends at a fiftieth; `tower_rate` None: the tower is frozen.
@@ -27,6 +28,7 @@ class StageRecipe:
     seconds: float
     adapter_rate: float | None = None
     tower_rate: float | None = None
+    asked: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ SEVEN_TASKS = {
     "caption_with_grounding": 1.0,
 }
 # Boxes are learned last (docs/demo.md): in ten minutes more of them.
-MORE_BOXES = SEVEN_TASKS | {"grounding": 5.0}
+MORE_BOXES = SEVEN_TASKS | {"grounding": 6.0}
 CAPTIONS = {"caption": 1.0}
 CHAT = {"conversation": 3.0, "two pictures": 1.0}
 
@@ -72,7 +74,7 @@ SHORT = Recipe(
     text=StageRecipe(60, 400, 4, 4, SEVEN_TASKS, rate=1e-3, seconds=3),
     pretrain=StageRecipe(150, 2400, 16, 1, CAPTIONS, rate=1e-3, adapter_rate=1e-3, tower_rate=1e-4, seconds=19),
     multitask=StageRecipe(1100, 5000, 8, 6, MORE_BOXES, rate=1e-3, adapter_rate=1e-3, tower_rate=1e-4, seconds=352),
-    sft=StageRecipe(550, 2400, 8, 5, CHAT, rate=1e-3, adapter_rate=1e-3, seconds=258),
+    sft=StageRecipe(550, 2400, 8, 5, CHAT, rate=1e-3, adapter_rate=1e-3, asked=MORE_BOXES, seconds=258),
     limit_minutes=9.0,
 )
 
@@ -86,6 +88,6 @@ LONG = replace(
     multitask=replace(
         SHORT.multitask, steps=3500, trees=14000, mixture=SEVEN_TASKS, seconds=3500 / 1100 * SHORT.multitask.seconds
     ),
-    sft=replace(SHORT.sft, steps=1900, trees=7200, seconds=1900 / 550 * SHORT.sft.seconds),
+    sft=replace(SHORT.sft, steps=1900, trees=7200, asked=SEVEN_TASKS, seconds=1900 / 550 * SHORT.sft.seconds),
     limit_minutes=29.0,
 )

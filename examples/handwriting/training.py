@@ -22,19 +22,25 @@ from trainers.stage_trainer import StageTrainer
 
 # Most conversations have one turn, as most questions of the tests; the others show that a second one may follow.
 TURNS = {1: 4 / 6, 2: 1 / 6, 3: 1 / 6}  # number: share of the conversations
-ASKED = {task: share for task, share in SEVEN_TASKS.items() if task in ASK}  # of the turns
 
 
 def trees(
-    scenes: Sequence[Scene], mixture: dict[str, float], count: int, branches: int, seed: int
+    scenes: Sequence[Scene],
+    mixture: dict[str, float],
+    count: int,
+    branches: int,
+    seed: int,
+    asked: dict[str, float] | None = None,
 ) -> Iterator[list[Example]]:
     """`count` trees, each of `branches` conversations about the next scene (or two), of tasks drawn by their shares.
 
-    A task is one of `conversations.plain`; or, drawn for the whole tree, "conversation" or "two pictures".
+    A task is one of `conversations.plain`; or, drawn for the whole tree, "conversation" or "two pictures". What the turns
+    of a conversation ask is drawn by the shares in `asked`; evenly without it.
     """
     rng = np.random.default_rng(seed)
     names, shares = list(mixture), np.array(list(mixture.values()))
-    asked = np.array(list(ASKED.values())) / sum(ASKED.values())
+    of_turns = np.array([asked[task] if asked else 1.0 for task in ASK])
+    of_turns /= of_turns.sum()
     for number in range(count):
         scene, other = scenes[number % len(scenes)], scenes[int(rng.integers(len(scenes)))]
         drawn = rng.choice(names, size=branches, p=shares / shares.sum())
@@ -42,7 +48,7 @@ def trees(
         if drawn[0] == "two pictures":
             yield [two_pictures(scene, other, rng, of_one) for of_one in turns]
         elif drawn[0] == "conversation":
-            yield [chat(scene, rng, list(rng.choice(list(ASKED), size=of_one, p=asked))) for of_one in turns]
+            yield [chat(scene, rng, list(rng.choice(list(ASK), size=of_one, p=of_turns))) for of_one in turns]
         else:
             yield [plain(scene, rng, name) for name in drawn]
 

@@ -133,6 +133,20 @@ def test_two_thirds_of_the_conversations_have_one_turn_and_the_others_two_or_thr
     assert turns.count(2) / 505 == pytest.approx(1 / 6, abs=0.05)
 
 
+def test_turns_are_drawn_by_the_shares_of_what_is_asked(scenes):
+    shares = {"caption": 0.0, "reading": 1.0, "seeing": 0.0, "grounding": 3.0, "referring": 0.0, "ocr": 0.0}
+    drawn = list(trees(scenes, {"conversation": 1.0}, count=101, branches=5, seed=0, asked=shares))
+    boxes = [
+        part["type"] == "box"
+        for tree in drawn
+        for example in tree
+        for message in example.messages[1::2]
+        for part in message["content"]
+    ]
+    assert len(boxes) > 505
+    assert sum(boxes) / len(boxes) == pytest.approx(0.75, abs=0.05)
+
+
 def test_every_tree_is_learned_from_once_before_any_comes_again():
     order = in_order(list("abcdefg"), 17, seed=0)
     assert sorted(order[:7]) == sorted(order[7:14]) == list("abcdefg")
