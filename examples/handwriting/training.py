@@ -34,8 +34,8 @@ def trees(
 ) -> Iterator[list[Example]]:
     """`count` trees, each of `branches` conversations about the next scene (or two), of tasks drawn by their shares.
 
-    A task is one of `conversations.plain`; or, drawn for the whole tree, "conversation" or "two pictures". What the turns
-    of a conversation ask is drawn by the shares in `asked`; evenly without it.
+    A task is one of `conversations.plain`; or, drawn for the whole tree, "conversation" or "two pictures". What the
+    turns of a conversation ask is drawn by the shares in `asked`; evenly without it.
     """
     rng = np.random.default_rng(seed)
     names, shares = list(mixture), np.array(list(mixture.values()))
