@@ -16,8 +16,8 @@ from sklearn.datasets import load_digits
 
 FORM_STARTS = (0, 130, 256, 386, 516, 646, 776, 906, 1029, 1157, 1287, 1415, 1545, 1667)
 
-# Recipes were chosen on `DEV_FORMS` with `TRAIN_FORMS` for training; the report's model learns from both, and
-# `TEST_FORMS` are looked at by the report alone.
+# Recipes were chosen on `DEV_FORMS` with `TRAIN_FORMS` for training; the report's model learns from both and is asked
+# about `TEST_FORMS`. docs/demo.md says which choice looked at those.
 TRAIN_FORMS = tuple(range(9))
 DEV_FORMS = (9, 10)
 TEST_FORMS = (11, 12, 13)
