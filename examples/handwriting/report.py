@@ -23,8 +23,8 @@ DATA = (
     "The 1797 digits of scikit-learn (8x8 pixels, the test part of UCI's Optical Recognition of Handwritten Digits) "
     "are the contents of 14 forms that 13 people filled in. Scenes for training show digits of forms 0 to 10, "
     "held-out scenes those of forms 11 to 13. One person may have filled in two forms, so it cannot be ruled out that "
-    "one hand is on both sides; no digit is. Recipes were chosen on forms 9 and 10, before training took them in, but for "
-    "the share of questions about boxes, which looked at held-out forms."
+    "one hand is on both sides; no digit is. Recipes were chosen on forms 9 and 10, before training took them in, "
+    "but for the share of questions about boxes, which looked at held-out forms."
 )
 STAGE_0 = (
     "Stage 0 is ours: it stands for OpenCLIP's tower and Qwen-7B, with which the paper begins. In it the tower learns "
