@@ -183,6 +183,8 @@ class Lesson:
         self.progress.console.rule(name)
         run_stage(trainer_class, self.model, self.processor, encoded, recipe, self.seed, self.output, watch, trained)
         self.seconds[name] = watch.seconds
+        if name != TEXT_STAGE:  # its few seconds say little
+            self.slowness = watch.seconds / (planned.seconds * recipe.steps / planned.steps)
         unchanged = _unchanged(before, _weights(self.model))
         assert set(unchanged) == set(PARTS) - set(learns), f"{name} trains {learns}, and left {unchanged} as they were"
         self.stages.append(

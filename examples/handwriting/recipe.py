@@ -14,8 +14,8 @@ class StageRecipe:
         are made once and learned from again until `steps` of `batch_size` trees are done.
     mixture: task -> its share of the conversations. asked: task -> its share of the turns, in stage 3's conversations
         about one picture.
-    seconds: what the stage takes one thread (of an EPYC, with AVX-512). How much faster or slower a machine is, the
-        demo sees in stage 0, and leaves out steps where the stages would not end in time.
+    seconds: what the stage takes two cores (of an EPYC, with AVX-512). How much faster or slower a machine is, the
+        demo sees in the stage before, and leaves out steps where the stages would not end in time.
     Rates are peaks of a cosine that ends at a fiftieth; `tower_rate` None: the tower is frozen.
     """
 
@@ -70,12 +70,12 @@ SHORT = Recipe(
     tower_steps=1000,
     tower_batch_size=16,
     tower_rate=1.5e-3,
-    tower_seconds=72,
+    tower_seconds=56,
     text=StageRecipe(60, 400, 4, 4, SEVEN_TASKS, rate=1e-3, seconds=3),
-    pretrain=StageRecipe(150, 2400, 16, 1, CAPTIONS, rate=1e-3, adapter_rate=1e-3, tower_rate=1e-4, seconds=19),
-    multitask=StageRecipe(1100, 5000, 8, 6, MORE_BOXES, rate=1e-3, adapter_rate=1e-3, tower_rate=1e-4, seconds=352),
-    sft=StageRecipe(550, 2400, 8, 5, CHAT, rate=1e-3, adapter_rate=1e-3, asked=MORE_BOXES, seconds=258),
-    limit_minutes=9.0,
+    pretrain=StageRecipe(150, 2400, 16, 1, CAPTIONS, rate=1e-3, adapter_rate=1e-3, tower_rate=1e-4, seconds=15),
+    multitask=StageRecipe(1250, 5000, 8, 6, MORE_BOXES, rate=1e-3, adapter_rate=1e-3, tower_rate=1e-4, seconds=211),
+    sft=StageRecipe(700, 2400, 8, 5, CHAT, rate=1e-3, adapter_rate=1e-3, asked=MORE_BOXES, seconds=186),
+    limit_minutes=9.3,
 )
 
 LONG = replace(
@@ -86,8 +86,8 @@ LONG = replace(
     tower_seconds=2 * SHORT.tower_seconds,
     pretrain=replace(SHORT.pretrain, steps=300, trees=4800, seconds=2 * SHORT.pretrain.seconds),
     multitask=replace(
-        SHORT.multitask, steps=3500, trees=14000, mixture=SEVEN_TASKS, seconds=3500 / 1100 * SHORT.multitask.seconds
+        SHORT.multitask, steps=3500, trees=14000, mixture=SEVEN_TASKS, seconds=3500 / 1250 * SHORT.multitask.seconds
     ),
-    sft=replace(SHORT.sft, steps=1900, trees=7200, asked=SEVEN_TASKS, seconds=1900 / 550 * SHORT.sft.seconds),
+    sft=replace(SHORT.sft, steps=1900, trees=7200, asked=SEVEN_TASKS, seconds=1900 / 700 * SHORT.sft.seconds),
     limit_minutes=29.0,
 )
