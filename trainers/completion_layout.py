@@ -43,18 +43,26 @@ class Layout:
         """(..., N, L) -> (..., R, T)."""
         return values[..., self.sources_RT[0], self.sources_RT[1]]
 
-    def sees(self, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """Whether the token at place `query` of a row sees the one at `key`: bool, in the shape of the three long
-        tensors together."""
-        branch = self.branch_RT[row, key]
-        return (query >= key) & ((branch == 0) | (branch == self.branch_RT[row, query]))
 
-    @property
-    def dense_mask(self) -> Tensor:
-        """(R, 1, T, T) bool; True where a token (third axis) sees another (fourth axis)."""
-        R, T = self.branch_RT.shape
-        rows_R, places_T = (torch.arange(size, device=self.branch_RT.device) for size in (R, T))
-        return self.sees(rows_R[:, None, None, None], places_T[:, None], places_T)
+def sees(branch_RT: Tensor, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Whether the token at place `query` of a row sees the one at `key`: bool, in the shape of the three long tensors
+    together. `branch_RT`: as in Layout."""
+    branch = branch_RT[row, key]
+    return (query >= key) & ((branch == 0) | (branch == branch_RT[row, query]))
+
+
+def dense_mask(branch_RT: Tensor) -> Tensor:
+    """(R, 1, T, T) bool; True where a token (third axis) sees another (fourth axis). `branch_RT`: as in Layout.
+
+    Example:
+        >>> dense_mask(torch.tensor([[0, 1, 2]]))[0, 0].int()
+        tensor([[1, 0, 0],
+                [1, 1, 0],
+                [1, 0, 1]], dtype=torch.int32)
+    """
+    R, T = branch_RT.shape
+    rows_R, places_T = (torch.arange(size, device=branch_RT.device) for size in (R, T))
+    return sees(branch_RT, rows_R[:, None, None, None], places_T[:, None], places_T)
 
 
 def rows_layout(attention_mask_NL: Tensor, labels_NL: Tensor) -> Layout:

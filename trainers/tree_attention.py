@@ -18,7 +18,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import flex_attention_mask
 
 from modeling_qwenvl.configuration_qwenvl import QwenVLTextConfig
-from trainers.completion_layout import Layout
+from trainers.completion_layout import Layout, dense_mask, sees
 from trainers.families import family_of
 
 # transformers' flex attention by a name that transformers does not refuse for Qwen2-VL, Qwen2.5-VL and Qwen3-VL (their
@@ -77,9 +77,9 @@ def tree_mask(model: PreTrainedModel, layout: Layout) -> Tensor | BlockMask:
     if attention in ("flex_attention", BLOCKS):
         return _block_mask(layout)
     if attention == "sdpa":
-        return layout.dense_mask
+        return dense_mask(layout.branch_RT)
     if attention == "eager":
-        return torch.where(layout.dense_mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
+        return torch.where(dense_mask(layout.branch_RT), 0.0, torch.finfo(model.dtype).min).to(model.dtype)
     raise ValueError(
         f"The tree layout needs a mask of its own, which {attention!r} attention does not take: load the model with "
         "attn_implementation='sdpa' (or 'flex_attention'), or choose the layout 'rows'."
@@ -90,10 +90,10 @@ def _block_mask(layout: Layout) -> BlockMask:
     """In blocks of torch's size; a dense one is made in between and let go."""
     R, T = layout.branch_RT.shape
 
-    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return layout.sees(row, query, key)
+    def sees_in_block(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return sees(layout.branch_RT, row, query, key)
 
-    return create_block_mask(sees, B=R, H=None, Q_LEN=T, KV_LEN=T, device=layout.branch_RT.device)
+    return create_block_mask(sees_in_block, B=R, H=None, Q_LEN=T, KV_LEN=T, device=layout.branch_RT.device)
 
 
 def _layer_types(config: PreTrainedConfig) -> list[str]:

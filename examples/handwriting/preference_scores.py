@@ -114,23 +114,44 @@ def averages(records: Sequence[dict[str, Any]], moment: str, key: str) -> list[f
     return np.mean([getattr(as_scores(record[moment]), key) for record in records], axis=0).tolist()
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """Markdown: per method the means over its runs, the gain over the start and its 95 % interval.
+@dataclass(frozen=True)
+class Gains:
+    """Of one method. `of`: key of `TITLES` -> mean afterwards, gain over the start, and the gain's 95 % interval.
 
-    Intervals resample the questions of all runs of a method, each run's gain being on the same questions.
+    Intervals resample the questions of all runs, each run's gain being on the same questions.
     """
+
+    method: str
+    runs: int
+    steps: float
+    of: dict[str, tuple[float, float, float, float]]
+
+
+def gains(records: Sequence[dict[str, Any]]) -> list[Gains]:
+    """By method, in the order of the records."""
+    made = []
+    for method in dict.fromkeys(record["method"] for record in records):
+        runs = [record for record in records if record["method"] == method]
+        of = {}
+        for key in TITLES:
+            after = averages(runs, "after", key)
+            of[key] = (float(np.mean(after)), *difference(averages(runs, "before", key), after))
+        made.append(Gains(method, len(runs), float(np.mean([record["steps"] for record in runs])), of))
+    return made
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Markdown: per method the means over its runs, the gain over the start and its 95 % interval."""
     lines = [
         "| method | runs | steps | " + " | ".join(TITLES.values()) + " |",
         "|---|---:|---:|" + "---|" * len(TITLES),
     ]
     starts = [averages(records, "before", key) for key in TITLES]
     lines.append("| start | | | " + " | ".join(f"{np.mean(values):.3f}" for values in starts) + " |")
-    for method in dict.fromkeys(record["method"] for record in records):
-        runs = [record for record in records if record["method"] == method]
-        cells = [method, str(len(runs)), f"{np.mean([record['steps'] for record in runs]):.0f}"]
-        for key in TITLES:
-            after = averages(runs, "after", key)
-            gain, low, high = difference(averages(runs, "before", key), after)
-            cells.append(f"{np.mean(after):.3f} ({gain:+.3f}; {low:+.3f} to {high:+.3f})")
+    for one in gains(records):
+        cells = [one.method, str(one.runs), f"{one.steps:.0f}"]
+        cells += [
+            f"{after:.3f} ({gain:+.3f}; {low:+.3f} to {high:+.3f})" for after, gain, low, high in one.of.values()
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

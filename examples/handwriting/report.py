@@ -31,6 +31,7 @@ STAGE_0 = (
     "to say for every patch which digit and colour it lies on and where that digit's edges are, and the language "
     "model learns the scenes' texts without pictures. The resampler starts from our local initialisation."
 )
+FONT = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
 STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 
 
@@ -148,7 +149,7 @@ def _seeds(runs: Sequence[Run]) -> str:
 
 def _curve(run: Run) -> str:
     """All stages one after the other, in optimiser steps."""
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}):
+    with matplotlib.rc_context(FONT):
         figure = Figure(figsize=(10.4, 3.1), layout="constrained")
         axes = figure.subplots()
         start = 0
@@ -171,7 +172,13 @@ def _curve(run: Run) -> str:
             start += stage.steps
         axes.set(xlim=(0, max(start, 1)), ylim=(0, None), xlabel="optimiser steps", ylabel="loss")
         axes.spines[["top", "right"]].set_visible(False)
-        text = StringIO()
+        return as_svg(figure)
+
+
+def as_svg(figure: Figure) -> str:
+    """The figure as an element of a page, its words as text."""
+    text = StringIO()
+    with matplotlib.rc_context(FONT):
         figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return text.getvalue()[text.getvalue().index("<svg") :]
 

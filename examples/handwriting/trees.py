@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from processing.chat_spans import IGNORE
 from processing.encoded_example import EncodedExample
+from trainers.completion_layout import PADDING, dense_mask
 
 Tree = Sequence[EncodedExample]
 
@@ -48,12 +49,18 @@ class TreeCollator:
 
     def __call__(self, trees: Sequence[Tree]) -> dict[str, Any]:
         rows = [self._row(tree) for tree in trees]
-        fills = {"input_ids": self.pad_token_id, "labels": IGNORE, "loss_weights": 0, "position_ids": 0, "branch": -1}
+        fills = {
+            "input_ids": self.pad_token_id,
+            "labels": IGNORE,
+            "loss_weights": 0,
+            "position_ids": 0,
+            "branch": PADDING,
+        }
         batch = {
             name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=fill)
             for name, fill in fills.items()
         }
-        batch["attention_mask"] = tree_mask(batch.pop("branch"))
+        batch["attention_mask"] = dense_mask(batch.pop("branch"))
         pixels = [tree[0].vision["pixel_values"] for tree in trees if tree[0].vision]
         return batch | ({"pixel_values": torch.cat(pixels)} if pixels else {})
 
@@ -79,18 +86,3 @@ class TreeCollator:
 
 def _weights(example: EncodedExample) -> Tensor:
     return (example.labels != IGNORE).float() if example.loss_weights is None else example.loss_weights.clone()
-
-
-def tree_mask(branch_BT: Tensor) -> Tensor:
-    """(B, 1, T, T) bool, True where a token (third axis) sees another. Branch 0 is the trunk, -1 padding.
-
-    Example:
-        >>> tree_mask(torch.tensor([[0, 1, 2]]))[0, 0].int()
-        tensor([[1, 0, 0],
-                [1, 1, 0],
-                [1, 0, 1]], dtype=torch.int32)
-    """
-    T = branch_BT.shape[1]
-    earlier_TT = torch.ones(T, T, dtype=torch.bool).tril()
-    sees_BTT = (branch_BT[:, None, :] == 0) | (branch_BT[:, None, :] == branch_BT[:, :, None])
-    return (earlier_TT & sees_BTT)[:, None]

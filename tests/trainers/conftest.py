@@ -31,6 +31,7 @@ from transformers import (
     Qwen3VLProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
+    TrainerCallback,
     set_seed,
 )
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
@@ -105,10 +106,18 @@ def _qwen3_vl():
     return Qwen3VLForConditionalGeneration(config)
 
 
+_tower = {
+    "hidden_size": 24,
+    "intermediate_size": 28,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+
+
 def _llava():
-    vision = CLIPVisionConfig(
-        hidden_size=24, intermediate_size=28, num_hidden_layers=3, num_attention_heads=2, image_size=8, patch_size=4
-    )
+    vision = CLIPVisionConfig(**_tower)
     text = Qwen2Config(**{**_text, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}})
     config = LlavaConfig(
         vision_config=vision,
@@ -122,15 +131,7 @@ def _llava():
 
 def _qwen_vl():
     """4 queries per picture of 8 x 8 pixels, 2 x 2 patches."""
-    vision = {
-        "hidden_size": 24,
-        "intermediate_size": 28,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "image_size": 8,
-        "patch_size": 4,
-        "position_grid": 2,
-    }
+    vision = {**_tower, "position_grid": 2}
     text = {**_text, "num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
     del text["tie_word_embeddings"]
     config = QwenVLConfig(
@@ -144,16 +145,6 @@ def _qwen_vl():
         tie_word_embeddings=False,
     )
     return QwenVLForConditionalGeneration(config)
-
-
-_tower = {
-    "hidden_size": 24,
-    "intermediate_size": 28,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
-}
 
 
 def _composed(tower, text, **adapter):
@@ -353,3 +344,25 @@ def write_video():
         return str(path)
 
     return _write
+
+
+class Interruption(Exception):
+    pass
+
+
+class StopsAtStepThree(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise Interruption
+
+
+@pytest.fixture
+def train_until_step_three():
+    """train_until_step_three(trainer): trains, and is interrupted there as by Ctrl-C."""
+
+    def _train(trainer) -> None:
+        trainer.add_callback(StopsAtStepThree())
+        with pytest.raises(Interruption):
+            trainer.train()
+
+    return _train

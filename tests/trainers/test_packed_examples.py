@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, TrainerCallback
+from transformers import AutoModelForImageTextToText
 
 from processing.example import Example, Source
 from processing.mixing import Mixture
@@ -118,25 +118,12 @@ def test_evaluation_is_padded_and_the_same_without_packing(make_trainer, rows):
     assert packed.data_collator(rows[:3])["input_ids"].shape[0] == 3
 
 
-class Interruption(Exception):
-    pass
-
-
-class StopsAtStepThree(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            raise Interruption
-
-
-def test_a_packed_run_stopped_in_the_middle_goes_on_to_the_same_weights(make_trainer):
+def test_a_packed_run_stopped_in_the_middle_goes_on_to_the_same_weights(make_trainer, train_until_step_three):
     steps = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-2}
     losses, whole = losses_and_weights(make_trainer("whole", **steps))
     assert len(set(losses)) == 5
 
-    stopped = make_trainer("stopped", **steps)
-    stopped.add_callback(StopsAtStepThree())
-    with pytest.raises(Interruption):
-        stopped.train()
+    train_until_step_three(make_trainer("stopped", **steps))
     resumed = make_trainer("stopped", **steps)
     resumed.train(resume_from_checkpoint="auto")
     assert [entry["loss"] for entry in resumed.state.log_history if "loss" in entry] == losses

@@ -39,19 +39,25 @@ def test_a_pair_is_one_prompt_and_two_answers_with_their_end_tokens(processor):
     assert len(pair.vision["pixel_values"]) in (2, 2 * 16)
 
 
+def numbers_preprocessed(monkeypatch, processor):
+    """How many pictures or videos each later call of `processor` gets."""
+    seen = []
+    original = type(processor).preprocess
+
+    def preprocess(self, pictures, *args, **kwargs):
+        seen.append(len(pictures))
+        return original(self, pictures, *args, **kwargs)
+
+    monkeypatch.setattr(type(processor), "preprocess", preprocess)
+    return seen
+
+
 def test_a_video_is_decoded_once_for_both_answers(model_folder, write_video, tmp_path, monkeypatch):
     example = preference(pictures=1)
     path = write_video(tmp_path / "a.mp4", num_frames=8)
     example.messages[-1]["content"].insert(0, {"type": "video", "video": path})
     processor = load_processor(str(model_folder("qwen2_5_vl")))
-    seen = []
-    original = type(processor.video_processor).preprocess
-
-    def preprocess(self, videos, *args, **kwargs):
-        seen.append(len(videos))
-        return original(self, videos, *args, **kwargs)
-
-    monkeypatch.setattr(type(processor.video_processor), "preprocess", preprocess)
+    seen = numbers_preprocessed(monkeypatch, processor.video_processor)
     pair = PreferencePairs(processor)(example)
     assert seen == [1]
     assert (pair.num_pictures, pair.num_videos) == (1, 1)
@@ -71,14 +77,7 @@ def test_answers_of_the_prompt_are_not_scored(processor):
 
 
 def test_each_picture_is_processed_once_for_both_answers(processor, monkeypatch):
-    seen = []
-    original = type(processor.image_processor).preprocess
-
-    def preprocess(self, images, *args, **kwargs):
-        seen.append(len(images))
-        return original(self, images, *args, **kwargs)
-
-    monkeypatch.setattr(type(processor.image_processor), "preprocess", preprocess)
+    seen = numbers_preprocessed(monkeypatch, processor.image_processor)
     PreferencePairs(processor)(preference(pictures=3))
     assert seen == [3]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, TrainerCallback, set_seed
+from transformers import AutoModelForImageTextToText, set_seed
 
 from processing.mixing import Mixture
 from processing.processing_families import load_processor
@@ -197,26 +197,13 @@ def test_stages_one_and_two_train_on_plain_text_without_roles(settings):
         assert (ids == start).sum() == marker
 
 
-class Interruption(Exception):
-    pass
-
-
-class StopsAtStepThree(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            raise Interruption
-
-
 @pytest.mark.slow
-def test_a_run_stopped_in_the_middle_goes_on_to_the_same_weights(settings, tmp_path):
+def test_a_run_stopped_in_the_middle_goes_on_to_the_same_weights(settings, tmp_path, train_until_step_three):
     steps = ["optimizer.max_steps=4", "run.save_every=2"]
     whole = train(load_recipe("cpu_demo", settings("qwen2_5_vl", *steps)))
 
     recipe = load_recipe("cpu_demo", settings("qwen2_5_vl", *steps, f"run.output_dir={tmp_path / 'stopped'}"))
-    trainer = build_trainer(recipe)
-    trainer.add_callback(StopsAtStepThree)
-    with pytest.raises(Interruption):
-        trainer.train()
+    train_until_step_three(build_trainer(recipe))
     with pytest.raises(ValueError, match="holds checkpoints already: pass --resume"):
         train(recipe)
     ours, theirs = weights(train(recipe, resume=True)), weights(whole)
