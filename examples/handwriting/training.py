@@ -40,7 +40,7 @@ def trees(
     rng = np.random.default_rng(seed)
     names, shares = list(mixture), np.array(list(mixture.values()))
     of_turns = np.array([asked[task] if asked else 1.0 for task in ASK])
-    of_turns /= of_turns.sum()
+    of_turns = of_turns / of_turns.sum()
     for number in range(count):
         scene, other = scenes[number % len(scenes)], scenes[int(rng.integers(len(scenes)))]
         drawn = rng.choice(names, size=branches, p=shares / shares.sum())
