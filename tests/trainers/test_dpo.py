@@ -20,9 +20,8 @@ from trainers.preference_pairs import PreferencePairs
 
 ALL_PARTS = TrainedParts(("tower", "adapter", "language_model", "embeddings"))
 FAMILIES = ["qwen_vl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "clip_qwen2", "siglip_llama"]
-# In the quick suite those that differ most: the native one, M-RoPE, another tower.
-QUICK = ("qwen_vl", "qwen2_5_vl", "clip_qwen2")
-EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+# Together, not each: the quick suite trains by DPO in test_recipe_dpo.
+pytestmark = pytest.mark.slow
 PICTURES = (1, 0, 2, 1)  # of each row; the second row is text only
 M_ROPE = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
 VISION = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
@@ -143,11 +142,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("family", "loss", "layout"),
-    [case if case[0] in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
-    ids=map("-".join, CASES),
-)
+@pytest.mark.parametrize(("family", "loss", "layout"), CASES, ids=map("-".join, CASES))
 def test_losses_and_final_weights_equal_trls(load, examples, tmp_path, family, loss, layout):
     model, processor = load(family)
     settings = LOSSES[loss]
@@ -162,7 +157,7 @@ def test_losses_and_final_weights_equal_trls(load, examples, tmp_path, family, l
     assert_same_weights(model, other)
 
 
-@pytest.mark.parametrize("family", EVERY[1:4])
+@pytest.mark.parametrize("family", FAMILIES[1:4])
 def test_videos_in_one_batch_with_pictures_and_text_equal_trls(load, examples, tmp_path, write_video, family):
     """TRL does not collate videos; given the tensors, it trains on them."""
     for number, row in enumerate(examples[1:3]):  # the row of text, and the one with two pictures
@@ -271,7 +266,7 @@ def test_a_copy_as_reference_equals_its_cache_which_is_read_the_second_time(load
         assert_same_weights(other, model)
 
 
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_lora_equals_trls_with_the_adapter_switched_off_as_reference(load, examples, tmp_path, family):
     base, processor = load(family)
     model, other = with_lora(base), with_lora(load(family)[0])
@@ -483,7 +478,6 @@ def test_evaluation_gives_a_loss_and_reward_margins_also_for_new_rows(load, exam
     assert first["eval_rewards/margins"] == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen_vl", "clip_qwen2"])
 def test_lora_on_a_4_bit_model_trains_only_the_adapter_in_its_own_dtype(
     load, model_folder, examples, tmp_path, family

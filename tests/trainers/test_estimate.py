@@ -152,12 +152,12 @@ SETTINGS = {
     "bfloat16 LoRA": [*LORA, "hardware.precision=bfloat16", "model.dtype=bfloat16"],
     "bfloat16": ["hardware.precision=bfloat16"],
 }
-# All of them on one family, and one on the native one, in the quick suite; the rest when asked for.
+# Two of them, on two families, in the quick suite.
 CASES = [
     pytest.param(
         family,
         name,
-        marks=[] if family == "qwen2_5_vl" or (family, name) == ("qwen_vl", "all trained") else [pytest.mark.slow],
+        marks=[] if (family, name) in (("qwen2_5_vl", "LoRA"), ("qwen_vl", "all trained")) else [pytest.mark.slow],
     )
     for family in ("qwen_vl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
     for name in SETTINGS

@@ -26,9 +26,9 @@ from trainers.rollouts import VISION_TOKENS, forbidden_token_ids, grouped, scori
 
 FAMILIES = ["qwen_vl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 COMPOSED = ["clip_qwen2", "siglip_llama"]
-# In the quick suite those that differ most: the native one, M-RoPE, another tower.
-QUICK = ("qwen_vl", "qwen2_5_vl", "clip_qwen2")
-EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES + COMPOSED]
+EVERY = FAMILIES + COMPOSED
+# Together, not each: the quick suite trains by GRPO and RLOO in test_recipe_rollouts.
+pytestmark = pytest.mark.slow
 PARTS = TrainedParts(("adapter", "language_model", "embeddings"))
 G = 3
 # Of a picture of 8 x 8 pixels; CLIP adds a class token.
@@ -188,7 +188,7 @@ def test_losses_and_weights_are_those_of_trl_on_the_same_completions(load, tmp_p
 )
 # TRL 1.16 calls transformers' old names for checkpointing.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
-@pytest.mark.parametrize("algorithm", ["grpo", pytest.param("rloo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
 def test_every_setting_gives_what_trl_gives(load, tmp_path, algorithm, given):
     if algorithm == "rloo" and "loss_type" in given:
         given = {"normalize_advantages": True}
@@ -224,7 +224,6 @@ def test_lora_with_a_reference_gives_what_trl_gives(load, tmp_path, family):
     assert_close(weights(ours.model), weights(stock.model))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("family", "beta"), [("qwen2_5_vl", 0.0), ("qwen2_5_vl", 0.1), ("qwen_vl", 0.1)])
 def test_lora_on_a_4_bit_model_trains_only_the_adapter_in_its_own_dtype(load, model_folder, tmp_path, family, beta):
     model = AutoModelForImageTextToText.from_pretrained(
