@@ -58,8 +58,6 @@ SEVEN_TASKS = {
     "ocr": 1.0,
     "caption_with_grounding": 1.0,
 }
-# Boxes are learned last (docs/demo.md): in ten minutes more of them.
-MORE_BOXES = SEVEN_TASKS | {"grounding": 6.0}
 CAPTIONS = {"caption": 1.0}
 CHAT = {"conversation": 3.0, "two pictures": 1.0}
 
@@ -73,8 +71,8 @@ SHORT = Recipe(
     tower_seconds=56,
     text=StageRecipe(60, 400, 4, 4, SEVEN_TASKS, rate=1e-3, seconds=3),
     pretrain=StageRecipe(150, 2400, 16, 1, CAPTIONS, rate=1e-3, adapter_rate=1e-3, tower_rate=1e-4, seconds=15),
-    multitask=StageRecipe(1250, 5000, 8, 6, MORE_BOXES, rate=1e-3, adapter_rate=1e-3, tower_rate=1e-4, seconds=211),
-    sft=StageRecipe(700, 2400, 8, 5, CHAT, rate=1e-3, adapter_rate=1e-3, asked=MORE_BOXES, seconds=186),
+    multitask=StageRecipe(1250, 5000, 8, 6, SEVEN_TASKS, rate=1e-3, adapter_rate=1e-3, tower_rate=1e-4, seconds=211),
+    sft=StageRecipe(700, 2400, 8, 5, CHAT, rate=1e-3, adapter_rate=1e-3, asked=SEVEN_TASKS, seconds=186),
     limit_minutes=9.3,
 )
 
@@ -85,9 +83,7 @@ LONG = replace(
     tower_steps=2000,
     tower_seconds=2 * SHORT.tower_seconds,
     pretrain=replace(SHORT.pretrain, steps=300, trees=4800, seconds=2 * SHORT.pretrain.seconds),
-    multitask=replace(
-        SHORT.multitask, steps=3500, trees=14000, mixture=SEVEN_TASKS, seconds=3500 / 1250 * SHORT.multitask.seconds
-    ),
-    sft=replace(SHORT.sft, steps=1900, trees=7200, asked=SEVEN_TASKS, seconds=1900 / 700 * SHORT.sft.seconds),
+    multitask=replace(SHORT.multitask, steps=3500, trees=14000, seconds=3500 / 1250 * SHORT.multitask.seconds),
+    sft=replace(SHORT.sft, steps=1900, trees=7200, seconds=1900 / 700 * SHORT.sft.seconds),
     limit_minutes=29.0,
 )
