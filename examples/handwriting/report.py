@@ -23,13 +23,14 @@ DATA = (
     "The 1797 digits of scikit-learn (8x8 pixels, the test part of UCI's Optical Recognition of Handwritten Digits) "
     "are the contents of 14 forms that 13 people filled in. Scenes for training show digits of forms 0 to 10, "
     "held-out scenes those of forms 11 to 13. One person may have filled in two forms, so it cannot be ruled out that "
-    "one hand is on both sides; no digit is. Recipes were chosen on forms 9 and 10, before training took them in, "
-    "but for the share of questions about boxes, which looked at held-out forms."
+    "one hand is on both sides; no digit is. Recipes were chosen on forms 9 and 10, before training took them in; "
+    "earlier models' mistakes on held-out forms were looked at."
 )
 STAGE_0 = (
     "Stage 0 is ours: it stands for OpenCLIP's tower and Qwen-7B, with which the paper begins. In it the tower learns "
     "to say for every patch which digit and colour it lies on and where that digit's edges are, and the language "
-    "model learns the scenes' texts without pictures. The resampler starts from our local initialisation."
+    "model, whose first heads begin by looking back one to four tokens, learns the scenes' texts without pictures. "
+    "The resampler starts from our local initialisation."
 )
 FONT = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
 STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
