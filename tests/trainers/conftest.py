@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoModelForImageTextToText,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
@@ -40,6 +41,7 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 from modeling_qwenvl.configuration_qwenvl import QwenVLConfig
 from modeling_qwenvl.modeling_qwenvl import QwenVLForConditionalGeneration
 from processing.image_processing_pil_qwenvl import QwenVLImageProcessorPil
+from processing.processing_families import load_processor
 from processing.processing_qwenvl import QwenVLProcessor
 from processing.special_tokens import QWEN2_VL_SPECIAL_TOKENS, QWEN_VL_SPECIAL_TOKENS
 
@@ -366,3 +368,18 @@ def train_until_step_three():
             trainer.train()
 
     return _train
+
+
+@pytest.fixture
+def load(model_folder):
+    """load(family, noise=0.0): the tiny model in float32, its weights moved at random, and its processor."""
+
+    def _load(family, noise=0.0):
+        model = AutoModelForImageTextToText.from_pretrained(model_folder(family), dtype=torch.float32)
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=noise)
+        return model, load_processor(str(model_folder(family)))
+
+    return _load

@@ -2,124 +2,33 @@
 
 import pytest
 import torch
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from PIL import Image
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, set_seed
-from trl import DPOConfig, DPOTrainer
+from transformers import AutoModelForImageTextToText
 from trl.trainer.utils import add_fused_lm_head
 
-from processing.example import Example
 from processing.processing_families import load_processor
+from tests.trainers.preference_runs import (
+    ALL_PARTS,
+    FAMILIES,
+    SETTINGS,
+    assert_same_weights,
+    losses,
+    preference_rows,
+    stock,
+    trained,
+)
 from trainers.completion_logps import add_completion_head
-from trainers.dpo import PreferenceCollator, QwenVLDPOTrainer
+from trainers.dpo import QwenVLDPOTrainer
 from trainers.dpo_arguments import DPOArguments
 from trainers.families import find_parts
 from trainers.freezing import TrainedParts
-from trainers.preference_pairs import PreferencePairs
 
-ALL_PARTS = TrainedParts(("tower", "adapter", "language_model", "embeddings"))
-FAMILIES = ["qwen_vl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "clip_qwen2", "siglip_llama"]
 # Together, not each: the quick suite trains by DPO in test_recipe_dpo.
 pytestmark = pytest.mark.slow
-PICTURES = (1, 0, 2, 1)  # of each row; the second row is text only
-M_ROPE = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
-VISION = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
-SETTINGS = {
-    "per_device_train_batch_size": 2,
-    "max_steps": 3,
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "constant",
-    "bf16": False,
-    "use_cpu": True,
-    "activation_checkpointing": False,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "beta": 0.3,
-    "train_sampling_strategy": "sequential",
-    "dataloader_pin_memory": False,
-    # Adam divides by gradients that are zero but for rounding; this keeps them zero.
-    "adam_epsilon": 1e-4,
-}
-
-
-def preference_rows():
-    """Four preference rows; answers of different lengths."""
-    rows = []
-    for number, pictures in enumerate(PICTURES):
-        content = [
-            {"type": "image", "image": Image.new("RGB", (8, 8), (50 * number + 20 * p,) * 3)} for p in range(pictures)
-        ]
-        content.append({"type": "text", "text": "How bright?" + "?" * number})
-        rows.append(
-            Example(
-                [{"role": "user", "content": content}],
-                kind="preference",
-                chosen=[{"role": "assistant", "content": f"{number} of 255"}],
-                rejected=[{"role": "assistant", "content": "dark" * (number % 2 + 1)}],
-            )
-        )
-    return rows
 
 
 @pytest.fixture
 def examples():
     return preference_rows()
-
-
-@pytest.fixture
-def load(model_folder):
-    def _load(family, noise=0.0):
-        model = AutoModelForImageTextToText.from_pretrained(model_folder(family), dtype=torch.float32)
-        generator = torch.Generator().manual_seed(5)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=noise)
-        return model, load_processor(str(model_folder(family)))
-
-    return _load
-
-
-def repeated(collator, family, config):
-    """TRL's batch of the same pairs: every picture once for chosen and once for rejected."""
-
-    def collate(rows):
-        batch = collator([{"row": row["images"]} for row in rows])
-        for key in ("group_of_row", "num_pictures", "num_videos"):
-            batch.pop(key, None)
-        for key in VISION:
-            if key in batch:
-                batch[key] = torch.cat([batch[key]] * 2)
-        if family in M_ROPE:
-            is_video = batch["input_ids"] == config.video_token_id
-            batch["mm_token_type_ids"] = (batch["input_ids"] == config.image_token_id).int() + 2 * is_video.int()
-        return batch
-
-    return collate
-
-
-def stock(model, reference, processor, examples, family, folder, **settings):
-    collator = PreferenceCollator(PreferencePairs(processor))
-    collator.number(examples)
-    return DPOTrainer(
-        model,
-        reference,
-        DPOConfig(str(folder), remove_unused_columns=False, **SETTINGS | settings),
-        repeated(collator, family, model.config),
-        Dataset.from_dict({"images": list(range(len(examples)))}),
-        processing_class=processor,
-    )
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def assert_same_weights(model, other, atol=1e-5):
-    wanted = dict(other.named_parameters())
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter, wanted[name], atol=atol, rtol=0, msg=name)
 
 
 LOSSES = {
@@ -226,103 +135,6 @@ def test_every_loss_and_divergence_equals_trls_and_so_do_the_metrics(two_trainer
     assert ours.keys() == theirs.keys()
     assert ours == pytest.approx(theirs, abs=2e-5)
     assert ours["rewards/margins"] != pytest.approx(0, abs=1e-4)
-
-
-# The reference.
-
-
-def trained(model, processor, examples, folder, callbacks=None, trained=None, resume=None, **settings):
-    arguments = DPOArguments(str(folder), **SETTINGS | settings)
-    trainer = QwenVLDPOTrainer(
-        model, arguments, examples, processing_class=processor, trained=trained, callbacks=callbacks
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
-def with_lora(model, fresh=True):
-    set_seed(7)
-    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=r"model\.language_model\..*\.(q|v)_proj"))
-    if not fresh:
-        with torch.no_grad():
-            for name, parameter in wrapped.named_parameters():
-                if "lora_B" in name:
-                    parameter.add_(0.1)
-    return wrapped
-
-
-def test_a_copy_as_reference_equals_its_cache_which_is_read_the_second_time(load, examples, tmp_path, monkeypatch):
-    model, processor = load("qwen_vl")
-    by_copy = trained(model, processor, examples, tmp_path)
-    for attempt in range(2):
-        other, _ = load("qwen_vl")
-        if attempt:
-            monkeypatch.setattr(QwenVLDPOTrainer, "_reference_of", None)  # would be called to compute them again
-        by_cache = trained(
-            other, processor, examples, tmp_path, reference="cache", reference_cache_dir=str(tmp_path / "cache")
-        )
-        assert by_cache.ref_model is None
-        assert losses(by_cache) == pytest.approx(losses(by_copy), abs=1e-5)
-        assert_same_weights(other, model)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_lora_equals_trls_with_the_adapter_switched_off_as_reference(load, examples, tmp_path, family):
-    base, processor = load(family)
-    model, other = with_lora(base), with_lora(load(family)[0])
-    ours = trained(model, processor, examples, tmp_path)
-    theirs = stock(other, None, processor, examples, family, tmp_path)
-    theirs.train()
-    assert losses(ours) == pytest.approx(losses(theirs), abs=1e-5)
-    assert len(set(losses(ours))) == 3
-    adapter = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert adapter
-    assert all("lora_" in name for name in adapter)
-    assert_same_weights(model, other)
-
-
-@pytest.mark.parametrize("fresh", [True, False], ids=["fresh adapter", "adapter from before"])
-def test_the_adapter_switched_off_or_copied_equals_its_cache(load, examples, tmp_path, fresh):
-    references = ["cache", "adapter_copy", *(["adapter_off"] if fresh else [])]
-    runs, weights = {}, {}
-    for reference in references:
-        base, processor = load("qwen2_5_vl")
-        cache = {"reference_cache_dir": str(tmp_path / "cache")} if reference == "cache" else {}
-        model = with_lora(base, fresh)
-        runs[reference] = trained(model, processor, examples, tmp_path, reference=reference, **cache)
-        weights[reference] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        assert all(".default." in name for name in weights[reference])
-    for reference in references[1:]:
-        assert losses(runs[reference]) == pytest.approx(losses(runs["cache"]), abs=1e-5)
-        assert weights[reference].keys() == weights["cache"].keys()
-        for name, weight in weights[reference].items():
-            torch.testing.assert_close(weight, weights["cache"][name], atol=1e-5, rtol=0)
-    # At the first step policy and reference are the same, adapter included: ln 2.
-    assert losses(runs["cache"])[0] == pytest.approx(0.6931, abs=1e-3)
-
-
-def test_which_reference_is_taken_when_none_is_named(load, examples, tmp_path):
-    for wrap, wanted in (
-        (lambda model: model, "copy"),
-        (with_lora, "adapter_off"),
-        (lambda model: with_lora(model, fresh=False), "adapter_copy"),
-    ):
-        model, processor = load("qwen_vl")
-        trainer = QwenVLDPOTrainer(
-            wrap(model), DPOArguments(str(tmp_path), **SETTINGS), examples, processing_class=processor
-        )
-        assert trainer.reference == wanted
-        assert ("ref" in getattr(trainer.model, "peft_config", {})) == (wanted == "adapter_copy")
-
-
-def test_a_copy_shares_what_is_frozen_and_nothing_else(load, examples, tmp_path):
-    model, processor = load("qwen2_5_vl")
-    trainer = QwenVLDPOTrainer(model, DPOArguments(str(tmp_path), **SETTINGS), examples, processing_class=processor)
-    reference = dict(trainer.ref_model.named_parameters())
-    for name, parameter in model.named_parameters():
-        assert (reference[name] is parameter) == (not parameter.requires_grad), name
-    assert not any(p.requires_grad for p in reference.values())
-    assert reference["model.visual.patch_embed.proj.weight"] is model.model.visual.patch_embed.proj.weight
 
 
 @pytest.mark.parametrize(
@@ -478,28 +290,6 @@ def test_evaluation_gives_a_loss_and_reward_margins_also_for_new_rows(load, exam
     assert first["eval_rewards/margins"] == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen_vl", "clip_qwen2"])
-def test_lora_on_a_4_bit_model_trains_only_the_adapter_in_its_own_dtype(
-    load, model_folder, examples, tmp_path, family
-):
-    skipped = ["model.visual", "model.adapter", "lm_head"]
-    model = AutoModelForImageTextToText.from_pretrained(
-        model_folder(family),
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=skipped
-        ),
-        device_map="cpu",
-    )
-    wrapped = with_lora(model)
-    before = {name: p.clone() for name, p in wrapped.named_parameters()}
-    trainer = trained(wrapped, load(family)[1], examples, tmp_path)
-    changed = {name for name, p in wrapped.named_parameters() if not torch.equal(p, before[name])}
-    assert changed == {name for name, p in wrapped.named_parameters() if p.requires_grad}
-    assert all("lora_" in name for name in changed)
-    assert {p.dtype for p in wrapped.parameters() if p.requires_grad} == {torch.float32}
-    assert losses(trainer)[0] == pytest.approx(0.6931, abs=1e-3)
-
-
 # What is refused.
 
 
@@ -517,20 +307,6 @@ def test_lora_on_a_4_bit_model_trains_only_the_adapter_in_its_own_dtype(
 def test_settings_that_would_not_do_what_they_say_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         DPOArguments(str(tmp_path), **SETTINGS | settings)
-
-
-def test_references_that_the_model_cannot_give_are_refused(load, examples, tmp_path):
-    model, processor = load("qwen_vl")
-    sharded = {"reference": "cache", "reference_cache_dir": str(tmp_path), "fsdp": True}
-    with pytest.raises(ValueError, match=r"under FSDP, without LoRA: .* Say reference='copy'"):
-        QwenVLDPOTrainer(model, DPOArguments(str(tmp_path), **SETTINGS | sharded), examples, None, processor)
-    for wrapped, reference, message in (
-        (model, "adapter_off", "needs a PeftModel"),
-        (with_lora(load("qwen_vl")[0]), "copy", "would hold the base twice"),
-    ):
-        arguments = DPOArguments(str(tmp_path), reference=reference, **SETTINGS)
-        with pytest.raises(ValueError, match=message):
-            QwenVLDPOTrainer(wrapped, arguments, examples, processing_class=processor)
 
 
 def test_a_tree_is_refused_where_qwen_vl_would_stretch_by_the_rows_length(load, examples, tmp_path):
