@@ -250,7 +250,12 @@ def row_of():
     return _row
 
 
-@pytest.fixture(params=list(BUILDERS))
+# The quick suite runs the tests of every family on two of them.
+@pytest.fixture(
+    params=[
+        name if name in ("qwen_vl", "qwen2_5_vl") else pytest.param(name, marks=pytest.mark.slow) for name in BUILDERS
+    ]
+)
 def family(request) -> str:
     return request.param
 

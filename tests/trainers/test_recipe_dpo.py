@@ -55,7 +55,9 @@ def settings(model_folder, preference_file, tmp_path):
 
 # TRL switches checkpointing off and on around the reference by its old name.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_.*able:FutureWarning")
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen_vl", "clip_qwen2"])
+@pytest.mark.parametrize(
+    "family", ["qwen_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_5_vl", "clip_qwen2"))]
+)
 def test_a_recipe_trains_lora_by_dpo_resumes_and_keeps_what_it_was(settings, family, tmp_path):
     recipe = load_recipe("qlora_dpo_24gb", settings(family=family))
     final = train(recipe)

@@ -85,7 +85,7 @@ def test_a_stage_moves_its_parts_and_leaves_the_others_bit_identical(family, mak
 
 
 @pytest.mark.parametrize("trainer_class", STAGES, ids=lambda c: c.stage.name)
-@pytest.mark.parametrize("family", ["qwen_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["qwen_vl", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 def test_checkpointing_changes_nothing(family, make_trainer, trainer_class):
     on = run(make_trainer(trainer_class, family, activation_checkpointing=True))
     off = run(make_trainer(trainer_class, family))
