@@ -1,5 +1,6 @@
-"""What every test shares: the folder of recordings, which only developers and CI have, and one thread per worker."""
+"""What every test shares: the folder of recordings, which only developers and CI have, and what makes tests quick."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -14,6 +15,12 @@ def _one_thread_per_xdist_worker():
         import torch
 
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imports_are_not_searched_for_garbage():
+    """accelerate collects garbage after every training: most of a tiny run, through 440,000 imported objects."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
