@@ -21,6 +21,8 @@ def _one_thread_per_xdist_worker():
 def _imports_are_not_searched_for_garbage():
     """accelerate collects garbage after every training: most of a tiny run, through 440,000 imported objects."""
     gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
