@@ -18,6 +18,7 @@ from examples.handwriting.scoring import TASKS
 from processing.coordinates import Box
 from trainers.publish_record import read_record
 
+pytestmark = pytest.mark.slow
 SCENES, HELD_OUT, STEPS = 23, 5, 2
 
 

@@ -238,6 +238,7 @@ def test_sharding_divides_what_stays_and_data_parallelism_adds_buckets():
     assert sum(sharded.optimizer.values()) == pytest.approx(sum(alone.optimizer.values()) / 4, abs=16)
 
 
+@pytest.mark.slow
 def test_sharding_divides_gradients_and_gathers_two_layers_at_a_time():
     alone, sharded = (
         estimate_config(config_of("qwen_vl"), recipe_of(hardware, f"optimizer.global_batch_size={rows}"))

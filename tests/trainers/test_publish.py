@@ -196,11 +196,13 @@ def test_a_merged_model_may_differ_by_what_its_dtype_rounds():
         compare(stand_in(1.01), stand_in(), is_merged=True)
 
 
+@pytest.mark.slow
 def test_code_that_does_not_run_is_shown_with_its_error():
     with pytest.raises(ValueError, match=r"(?s)code sample of the published model does not run.*ZeroDivisionError"):
         compare("1 / 0", stand_in())
 
 
+@pytest.mark.slow
 def test_without_the_package_its_modules_cannot_be_imported():
     with pytest.raises(ValueError, match="No module named 'processing'"):
         compare("import processing", stand_in(), without_package=True)
