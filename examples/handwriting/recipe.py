@@ -71,8 +71,8 @@ SHORT = Recipe(
     tower_seconds=56,
     text=StageRecipe(60, 400, 4, 4, SEVEN_TASKS, rate=1e-3, seconds=3),
     pretrain=StageRecipe(150, 2400, 16, 1, CAPTIONS, rate=1e-3, adapter_rate=1e-3, tower_rate=1e-4, seconds=15),
-    multitask=StageRecipe(1250, 5000, 8, 6, SEVEN_TASKS, rate=1e-3, adapter_rate=1e-3, tower_rate=1e-4, seconds=211),
-    sft=StageRecipe(700, 2400, 8, 5, CHAT, rate=1e-3, adapter_rate=1e-3, asked=SEVEN_TASKS, seconds=186),
+    multitask=StageRecipe(1250, 5000, 8, 6, SEVEN_TASKS, rate=1e-3, adapter_rate=1e-3, tower_rate=1e-4, seconds=300),
+    sft=StageRecipe(700, 2400, 8, 5, CHAT, rate=1e-3, adapter_rate=1e-3, asked=SEVEN_TASKS, seconds=230),
     limit_minutes=9.3,
 )
 
