@@ -210,7 +210,9 @@ class RunSection:
     evaluate_every: Count | None = None
     answers: Annotated[int, Field(ge=0)] = 0
     feature_cache_dir: str | None = None
-    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    report_to: Literal[
+        "none", "tensorboard", "wandb", "mlflow", "comet_ml", "trackio", "swanlab", "clearml", "neptune", "dvclive"
+    ] = "none"
 
 
 @dataclass(frozen=True, config=CHECKED)

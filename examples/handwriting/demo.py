@@ -15,7 +15,7 @@ from typing import Annotated
 import torch
 import transformers
 import typer
-from rich.console import Console
+from rich import get_console
 from rich.table import Table
 
 from examples.handwriting.lesson import Lesson, Taught
@@ -58,7 +58,7 @@ def run_demo(output: Path, recipe: Recipe, minutes: float | None = None, seeds: 
     """
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    console = Console()
+    console = get_console()  # also that of the questions inside training
     if minutes is not None:
         recipe = replace(recipe, limit_minutes=minutes)
     output.mkdir(parents=True, exist_ok=True)

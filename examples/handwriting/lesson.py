@@ -1,5 +1,6 @@
 """One run from nothing: scenes, tokenizer, model, stage 0, the three stages, and the scores in between."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,16 @@ from examples.handwriting.progress import Watch, timed
 from examples.handwriting.recipe import Recipe, StageRecipe
 from examples.handwriting.results import BLIND, Run, StageRun
 from examples.handwriting.scenes import Scene, make_scenes
-from examples.handwriting.scoring import TASKS, Score, ask, commonest_answer, questions, score
+from examples.handwriting.scoring import (
+    TASKS,
+    WATCHED,
+    Score,
+    ask,
+    commonest_answer,
+    inside_training,
+    questions,
+    score,
+)
 from examples.handwriting.stage0 import train_tower
 from examples.handwriting.training import run_stage, texts_of_all_tasks, trees, without_picture
 from modeling_qwenvl import parameter_counts
@@ -73,6 +83,7 @@ class Lesson:
         self.stages: list[StageRun] = []
         self.scores: dict[str, dict[str, Score]] = {}
         self.slowness = 1.0
+        shutil.rmtree(output / "logs", ignore_errors=True)
         set_seed(seed)
         with timed(self.seconds, "scenes and tokenizer"):
             digits = digits_of(tuple(train_forms))
@@ -88,7 +99,14 @@ class Lesson:
         self._measure("stage 0", "plain")
         self._stage("stage 1", QwenVLPretrainTrainer, self.recipe.pretrain, "tower, adapter", "captions")
         self._measure("stage 1", "plain")
-        self._stage("stage 2", QwenVLMultiTaskTrainer, self.recipe.multitask, "everything", "the paper's seven tasks")
+        self._stage(
+            "stage 2",
+            QwenVLMultiTaskTrainer,
+            self.recipe.multitask,
+            "everything",
+            "the paper's seven tasks",
+            style="plain",
+        )
         self._measure("stage 2", "plain")
         self._stage(
             "stage 3",
@@ -96,6 +114,7 @@ class Lesson:
             self.recipe.sft,
             "adapter, language model",
             "ChatML conversations, also about two pictures",
+            style="chat",
         )
         model_dir = self.output / "model"
         self.model.save_pretrained(model_dir)
@@ -167,7 +186,9 @@ class Lesson:
         trained_words: str,
         learned_from: str,
         trained: TrainedParts | None = None,
+        style: str | None = None,
     ) -> None:
+        """`style`: of the questions inside training; None: there are none."""
         recipe = self.in_time(planned)
         with timed(self.seconds, "texts to ids"):
             seed = 1000 * self.seed + len(self.stages)
@@ -177,11 +198,26 @@ class Lesson:
                 made = ([without_picture(example, self.processor) for example in tree] for tree in made)
                 supervise = Supervision(self.processor, special_in_text=GROUNDING_TOKENS)
             encoded = [list(supervise.stream(tree)) for tree in made]
+            watched = self.held_out[:WATCHED] if style else []
+            asked_trees = trees(watched, recipe.mixture, len(watched), recipe.branches, QUESTION_SEED, recipe.asked)
+            held_out = [list(supervise.stream(tree)) for tree in asked_trees]
         watch = Watch(self.progress, f"{name}: {learned_from}", recipe.steps)
         before = _weights(self.model)
         learns = (trained or trainer_class.stage).parts
         self.progress.console.rule(name)
-        run_stage(trainer_class, self.model, self.processor, encoded, recipe, self.seed, self.output, watch, trained)
+        run_stage(
+            trainer_class,
+            self.model,
+            self.processor,
+            encoded,
+            recipe,
+            self.seed,
+            self.output / "logs" / name,
+            watch,
+            trained,
+            held_out,
+            inside_training(watched, style, QUESTION_SEED) if style else None,
+        )
         self.seconds[name] = watch.seconds
         if name != TEXT_STAGE:  # its few seconds say little
             self.slowness = watch.seconds / (planned.seconds * recipe.steps / planned.steps)
@@ -201,6 +237,7 @@ class Lesson:
                 tokens=watch.num_tokens,
                 seconds=watch.seconds,
                 losses=watch.losses,
+                asked=watch.asked,
             )
         )
 

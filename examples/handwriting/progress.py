@@ -9,8 +9,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from examples.handwriting.trees import Tree, TreeCollator
-
 
 def make_progress(console: Console) -> Progress:
     return Progress(
@@ -26,10 +24,11 @@ def make_progress(console: Console) -> Progress:
 
 
 class Watch:
-    """One bar; keeps what the report needs: `losses`, (step, loss), and `seconds`."""
+    """One bar; keeps what the report needs: `losses`, (step, loss); `asked`, (step, score by name); and `seconds`."""
 
     def __init__(self, progress: Progress, name: str, total: int):
         self.losses: list[tuple[int, float]] = []
+        self.asked: list[tuple[int, dict[str, float]]] = []
         self.num_tokens = 0
         self.seconds = 0.0
         self._progress = progress
@@ -45,22 +44,11 @@ class Watch:
         self._progress.update(self._task, completed=step, figures=", ".join(figures))
 
 
-class CountingCollator:
-    """`TreeCollator` that tells a watch how many tokens pass, padding left out."""
-
-    def __init__(self, collate: TreeCollator, watch: Watch):
-        self.collate, self.watch = collate, watch
-
-    def __call__(self, trees: Sequence[Tree]) -> dict[str, Any]:
-        self.watch.num_tokens += sum(self.collate.num_tokens(tree) for tree in trees)
-        return self.collate(trees)
-
-
 class StageProgress(TrainerCallback):
-    """Passes the Trainer's steps and losses on to a watch."""
+    """Passes the Trainer's steps, losses and scores on to a watch. `num_tokens`: of each step, padding left out."""
 
-    def __init__(self, watch: Watch):
-        self.watch = watch
+    def __init__(self, watch: Watch, num_tokens: Sequence[int]):
+        self.watch, self.num_tokens = watch, num_tokens
 
     def on_log(
         self,
@@ -72,10 +60,13 @@ class StageProgress(TrainerCallback):
     ) -> None:
         if logs and "loss" in logs:
             self.watch.on_step(state.global_step, float(logs["loss"]))
+        if logs and "eval_loss" in logs:
+            self.watch.asked.append((state.global_step, {name: float(value) for name, value in logs.items()}))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.watch.num_tokens += self.num_tokens[state.global_step - 1]
         self.watch.on_step(state.global_step, None)
 
 

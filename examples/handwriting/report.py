@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from examples.handwriting.results import BLIND, MOMENTS, Run
-from examples.handwriting.scoring import IS_RIGHT, TASKS, Score, is_right_text
+from examples.handwriting.scoring import INSIDE_TRAINING, IS_RIGHT, TASKS, WATCHED, Score, is_right_text
 from processing.coordinates import Box
 from trainers.evaluation import Answer
 
 TRUE, FOUND = "#0b8f5a", "#e8590c"  # colours of true and predicted boxes
+TINTS = dict(zip(INSIDE_TRAINING, ("#e8590c", "#1971c2", "#868e96"), strict=True))
 CURVES = ("#868e96", "#adb5bd", "#1971c2", "#0b8f5a", "#e8590c")
 
 DATA = (
@@ -69,8 +70,10 @@ def report(
         "score. Before stage 3 the questions have the paper's plain form, after it they are ChatML; two pictures are "
         "always asked about in ChatML, which is only taught in stage 3.</p>",
         *([_seeds(runs)] if len(runs) > 1 else []),
-        "<h2>Loss</h2>",
+        "<h2>Loss, and answers inside training</h2>",
         f'<div class="panel curve">{_curve(run)}</div>',
+        f"<p class=soft>Below, and as black dots above, held-out scenes: shares of {WATCHED} right answers per task, "
+        "and the loss. <code>tensorboard --logdir</code> on the folder logs/ shows the same, with drawn boxes.</p>",
         "<h2>Held-out scenes</h2>",
         f"<p class=soft>The first {per_task} of each task, not chosen."
         f'<span class="key" style="color:{TRUE}"></span>true box'
@@ -149,10 +152,10 @@ def _seeds(runs: Sequence[Run]) -> str:
 
 
 def _curve(run: Run) -> str:
-    """All stages one after the other, in optimiser steps."""
+    """All stages one after the other, in optimiser steps: losses above, what was answered inside them below."""
     with matplotlib.rc_context(FONT):
-        figure = Figure(figsize=(10.4, 3.1), layout="constrained")
-        axes = figure.subplots()
+        figure = Figure(figsize=(10.4, 4.6), layout="constrained")
+        axes, shares = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
         start = 0
         for number, (stage, colour) in enumerate(zip(run.stages, CURVES, strict=True)):
             if stage.losses:
@@ -161,7 +164,14 @@ def _curve(run: Run) -> str:
                 width = min(15, len(losses))
                 smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
                 axes.plot(start + steps[width - 1 :], smooth, color=colour, lw=1.8)
-            axes.axvspan(start, start + stage.steps, color=colour, alpha=0.05, lw=0)
+            if stage.asked:
+                steps = [start + step for step, _ in stage.asked]
+                axes.plot(steps, [logged["eval_loss"] for _, logged in stage.asked], "k.", ms=4)
+                for task, score in INSIDE_TRAINING.items():
+                    right = [logged[f"eval_{task}/{score}"] for _, logged in stage.asked]
+                    shares.plot(steps, right, ".-", color=TINTS[task], lw=1.4)
+            for panel in (axes, shares):
+                panel.axvspan(start, start + stage.steps, color=colour, alpha=0.05, lw=0)
             axes.text(
                 start + stage.steps / 2,
                 1.0 + 0.08 * (number % 2),  # names of short stages would run into each other on one line
@@ -171,8 +181,13 @@ def _curve(run: Run) -> str:
                 va="bottom",
             )
             start += stage.steps
-        axes.set(xlim=(0, max(start, 1)), ylim=(0, None), xlabel="optimiser steps", ylabel="loss")
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.set(xlim=(0, max(start, 1)), ylim=(0, None), ylabel="loss")
+        shares.set(ylim=(0, 1.03), xlabel="optimiser steps", ylabel="right")
+        for task, tint in TINTS.items():
+            shares.plot([], [], ".-", color=tint, label=TASKS[task])
+        shares.legend(loc="lower left", frameon=False)
+        for panel in (axes, shares):
+            panel.spines[["top", "right"]].set_visible(False)
         return as_svg(figure)
 
 

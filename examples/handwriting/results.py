@@ -12,7 +12,7 @@ class StageRun:
 
     planned: steps of the recipe; `steps` are fewer on a slow machine. unchanged: parts of the model that are equal,
     bit for bit, before and after. A step takes `batch_size` trees of `branches` conversations, from `trees` different
-    ones. `seen`: conversations, with repetitions.
+    ones. `seen`: conversations, with repetitions. asked: (step, what the evaluation inside training logged).
     """
 
     name: str
@@ -27,6 +27,7 @@ class StageRun:
     tokens: int
     seconds: float
     losses: list[tuple[int, float]] = field(repr=False)
+    asked: list[tuple[int, dict[str, float]]] = field(default_factory=list, repr=False)
 
     @property
     def seen(self) -> int:

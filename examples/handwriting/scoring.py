@@ -1,7 +1,7 @@
 """Held-out questions, answered and scored: one 0 or 1 per question, its mean, and how sure that mean is."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import binomtest
@@ -24,6 +24,9 @@ TASKS = {
 }
 LONGEST_ANSWER = {"ocr": 120}  # tokens; others:
 LONGEST_OTHER = 40
+WATCHED = 24  # held-out scenes that are asked about inside stages 2 and 3; nothing is chosen by the answers
+# What is asked there, and the score in `trainers.evaluation.SCORES` that says whether it is right.
+INSIDE_TRAINING = {"grounding": "box_f1_at_0.5", "reading": "exact_match", "caption": "exact_match"}
 
 
 def is_right_text(answer: Answer) -> bool:
@@ -78,6 +81,18 @@ def questions(scenes: Sequence[Scene], task: str, style: str, seed: int) -> list
     if style == "plain":
         return [plain(scene, rng, task) for scene in scenes]
     return [chat(scene, rng, [task]) for scene in scenes]
+
+
+def inside_training(scenes: Sequence[Scene], style: str, seed: int) -> GenerationEvaluation:
+    """A question per scene and task of INSIDE_TRAINING; the first answers are boxes, which are drawn."""
+    asked = {task: questions(scenes, task, style, seed) for task in INSIDE_TRAINING}
+    return GenerationEvaluation(
+        [replace(example, task=task) for task, examples in asked.items() for example in examples],
+        batch_size=len(scenes),
+        max_new_tokens=LONGEST_OTHER,
+        scores={task: (name,) for task, name in INSIDE_TRAINING.items()},
+        num_drawn=4,
+    )
 
 
 def commonest_answer(examples: Sequence[Example], processor) -> Score:

@@ -8,7 +8,7 @@ import numpy as np
 from transformers import PrinterCallback
 
 from examples.handwriting.conversations import ASK, chat, plain, two_pictures
-from examples.handwriting.progress import CountingCollator, StageProgress, Watch
+from examples.handwriting.progress import StageProgress, Watch
 from examples.handwriting.recipe import SEVEN_TASKS, StageRecipe
 from examples.handwriting.scenes import Scene
 from examples.handwriting.trees import Tree, TreeCollator
@@ -17,11 +17,14 @@ from processing import QwenVLProcessor
 from processing.example import Example
 from processing.special_tokens import IMG_END
 from trainers.arguments import StageArguments
+from trainers.evaluation import GenerationEvaluation
 from trainers.freezing import TrainedParts
 from trainers.stage_trainer import StageTrainer
 
 # Most conversations have one turn, as most questions of the tests; the others show that a second one may follow.
 TURNS = {1: 4 / 6, 2: 1 / 6, 3: 1 / 6}  # number: share of the conversations
+
+EVALUATIONS = 5  # inside a stage
 
 
 def trees(
@@ -97,9 +100,20 @@ def run_stage(
     output: Path,
     watch: Watch,
     trained: TrainedParts | None = None,
+    held_out: Sequence[Tree] = (),
+    generation: GenerationEvaluation | None = None,
 ) -> None:
-    """Trains `model` in place. `trained` overrides what the stage trains."""
+    """Trains `model` in place.
+
+    Args:
+        output: for what TensorBoard shows, and the answers given inside training.
+        trained: overrides what the stage trains.
+        held_out, generation: whose loss is measured, and what is asked, at each of `EVALUATIONS` moments.
+    """
     picture_end = processor.tokenizer.convert_tokens_to_ids(IMG_END)
+    collate = TreeCollator(picture_end, processor.tokenizer.pad_token_id)
+    ordered = in_order(encoded, recipe.steps * recipe.batch_size, seed)
+    num_tokens = np.array([collate.num_tokens(tree) for tree in ordered]).reshape(recipe.steps, -1).sum(axis=1)
     arguments = StageArguments(
         output_dir=str(output),
         max_steps=recipe.steps,
@@ -117,7 +131,9 @@ def run_stage(
         train_sampling_strategy="sequential",
         logging_steps=10,
         save_strategy="no",
-        report_to="none",
+        eval_strategy="steps" if held_out else "no",
+        eval_steps=max(1, recipe.steps // EVALUATIONS),
+        report_to="tensorboard",
         disable_tqdm=True,
         use_cpu=True,
         seed=seed,
@@ -125,11 +141,13 @@ def run_stage(
     trainer = trainer_class(
         model=model,
         args=arguments,
-        train_dataset=in_order(encoded, recipe.steps * recipe.batch_size, seed),
-        data_collator=CountingCollator(TreeCollator(picture_end, processor.tokenizer.pad_token_id), watch),
+        train_dataset=ordered,
+        eval_dataset=list(held_out) or None,
+        data_collator=collate,
         processing_class=processor,
-        callbacks=[StageProgress(watch)],
+        callbacks=[StageProgress(watch, num_tokens.tolist())],
         trained=trained,
+        generation=generation,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from examples.handwriting.demo import run_demo
@@ -14,7 +15,7 @@ from examples.handwriting.publishing import publish_demo
 from examples.handwriting.recipe import SHORT, StageRecipe
 from examples.handwriting.report import report
 from examples.handwriting.results import BLIND, MOMENTS
-from examples.handwriting.scoring import TASKS
+from examples.handwriting.scoring import INSIDE_TRAINING, TASKS
 from processing.coordinates import Box
 from trainers.publish_record import read_record
 
@@ -86,6 +87,20 @@ def test_the_saved_model_stops_at_the_end_of_a_chat_message_and_of_a_document(do
     processor = AutoProcessor.from_pretrained(folder / "model")
     stops = processor.tokenizer.convert_ids_to_tokens(model.generation_config.eos_token_id)
     assert {"<|endoftext|>", "<|im_end|>"} <= set(stops)
+
+
+def test_inside_stages_two_and_three_held_out_scenes_are_asked_and_tensorboard_shows_it(done):
+    folder, taught = done
+    assert [[step for step, _ in stage.asked] for stage in taught.run.stages] == [[], [], [], [1, 2], [1, 2]]
+    for stage in taught.run.stages[3:]:
+        board = EventAccumulator(str(next((folder / "logs" / stage.name / "runs").iterdir())))
+        board.Reload()
+        for task, score in INSIDE_TRAINING.items():
+            shown = [(event.step, event.value) for event in board.Scalars(f"eval/{task}/{score}")]
+            assert shown == [(step, logged[f"eval_{task}/{score}"]) for step, logged in stage.asked]
+        assert len(board.Tags()["images"]) == 4
+        lines = (folder / "logs" / stage.name / "answers" / "step-000002.jsonl").read_text().splitlines()
+        assert len(lines) == HELD_OUT * len(INSIDE_TRAINING)
 
 
 def test_the_report_needs_no_other_file_and_shows_scores_curve_and_pictures(done):

@@ -97,6 +97,17 @@ def test_a_log_line_says_rates_shares_and_each_parts_gradient(trainer):
         assert "grad_norm_tower" not in line
 
 
+def test_a_run_ends_with_the_same_weights_whether_it_is_asked_or_not(trainer):
+    asked, left_alone = trainer(), trainer()
+    left_alone.generation = left_alone.eval_dataset = None
+    left_alone.args.eval_strategy = "no"
+    for trained in (asked, left_alone):
+        trained.train()
+    assert not any("eval_loss" in log for log in left_alone.state.log_history)
+    for name, weight in asked.model.state_dict().items():
+        assert torch.equal(weight, left_alone.model.state_dict()[name]), name
+
+
 def test_with_a_feature_cache_a_run_ends_with_the_same_weights(trainer, tmp_path):
     plain = trainer()
     plain.train()

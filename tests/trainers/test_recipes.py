@@ -1,11 +1,13 @@
 """Recipes: the paper's numbers, overrides from YAML, and refusals that name the key."""
 
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import pytest
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from trainers.recipe_reading import dump_recipe, load_recipe, recipe_names
-from trainers.recipes import OptimizerSection, PartsSection, Recipe, TowerSection
+from trainers.recipes import OptimizerSection, PartsSection, Recipe, RunSection, TowerSection
 
 
 @pytest.mark.parametrize(
@@ -178,3 +180,8 @@ def test_lora_parts_are_those_that_say_lora():
     recipe = load_recipe("qlora_24gb", ["parts.tower={train: lora, learning_rate: 2e-5}"])
     assert recipe.lora_parts == ("tower", "language_model")
     assert recipe.parts.tower == TowerSection(train="lora", learning_rate=2e-5)
+
+
+def test_a_run_reports_to_what_transformers_knows():
+    names = set(get_args(get_type_hints(RunSection)["report_to"]))
+    assert {"none", "tensorboard", "wandb", "mlflow"} <= names <= {"none", *INTEGRATION_TO_CALLBACK}
