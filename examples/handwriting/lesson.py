@@ -189,18 +189,18 @@ class Lesson:
         style: str | None = None,
     ) -> None:
         """`style`: of the questions inside training; None: there are none."""
-        recipe = self.in_time(planned)
         with timed(self.seconds, "texts to ids"):
             seed = 1000 * self.seed + len(self.stages)
-            made = trees(self.scenes, recipe.mixture, recipe.trees, recipe.branches, seed, recipe.asked)
+            made = trees(self.scenes, planned.mixture, planned.trees, planned.branches, seed, planned.asked)
             supervise = Supervision(self.processor)
             if name == TEXT_STAGE:
                 made = ([without_picture(example, self.processor) for example in tree] for tree in made)
                 supervise = Supervision(self.processor, special_in_text=GROUNDING_TOKENS)
             encoded = [list(supervise.stream(tree)) for tree in made]
             watched = self.held_out[:WATCHED] if style else []
-            asked_trees = trees(watched, recipe.mixture, len(watched), recipe.branches, QUESTION_SEED, recipe.asked)
+            asked_trees = trees(watched, planned.mixture, len(watched), planned.branches, QUESTION_SEED, planned.asked)
             held_out = [list(supervise.stream(tree)) for tree in asked_trees]
+        recipe = self.in_time(planned)
         watch = Watch(self.progress, f"{name}: {learned_from}", recipe.steps)
         before = _weights(self.model)
         learns = (trained or trainer_class.stage).parts
