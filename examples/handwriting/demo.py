@@ -37,7 +37,7 @@ def main(
         Path, typer.Option(help="Folder for report, model and sample pictures; its files are replaced.")
     ] = Path("runs/demo"),
     recipe: Annotated[
-        RecipeName, typer.Option(help="short: under ten minutes on two cores; long: half an hour.")
+        RecipeName, typer.Option(help="short: ten minutes on two cores; long: half an hour.")
     ] = RecipeName.short,
     minutes: Annotated[
         float | None, typer.Option(help="Steps are left out to end in this time; by default the recipe's.")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +133,7 @@ def run_stage(
         logging_steps=10,
         save_strategy="no",
         eval_strategy="steps" if held_out else "no",
-        eval_steps=max(1, recipe.steps // EVALUATIONS),
+        eval_steps=ceil(recipe.steps / EVALUATIONS),
         report_to="tensorboard",
         disable_tqdm=True,
         use_cpu=True,
