@@ -1,7 +1,7 @@
 """One optimiser step of supervised fine-tuning: this package beside TRL's SFTTrainer and transformers' Trainer.
 
     python -m benchmarks.sft_step            # all cases, about two hours of one thread
-    python -m benchmarks.sft_step --quick    # one round each, about half an hour
+    python -m benchmarks.sft_step --quick    # one round each, about 40 minutes
 
 The same random model (benchmarks/small_models.py), the same collated batches, the same labels, AdamW in float32. The
 trainers take turns, so that a busy machine slows all; the first losses must agree, or the comparison is refused. Peak
