@@ -72,8 +72,9 @@ def report(
         *([_seeds(runs)] if len(runs) > 1 else []),
         "<h2>Loss, and answers inside training</h2>",
         f'<div class="panel curve">{_curve(run)}</div>',
-        f"<p class=soft>Below, and as black dots above, held-out scenes: shares of {WATCHED} right answers per task, "
-        "and the loss. <code>tensorboard --logdir</code> on the folder logs/ shows the same, with drawn boxes.</p>",
+        f"<p class=soft>Held-out scenes: below, the share of right answers to {WATCHED} questions a task; above, as "
+        "black dots, the loss. <code>tensorboard --logdir</code> on the folder logs/ shows the same, with drawn "
+        "boxes.</p>",
         "<h2>Held-out scenes</h2>",
         f"<p class=soft>The first {per_task} of each task, not chosen."
         f'<span class="key" style="color:{TRUE}"></span>true box'
